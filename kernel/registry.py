@@ -1,0 +1,287 @@
+"""Registry: finds the plugins, loads them, and says what failed and why.
+
+A plugin is a folder with an `agent.py`, and perhaps a `config.json`. Its code is imported as a
+package under a name of its own, so that `from .helper import ...` works and `sys.path` stays as it
+is; from source each time, without bytecode, because a loader reads and never writes. A plugin that
+fails is listed with its error, file and line, keeps its command, and stops nobody.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import copy
+import importlib.util
+import json
+import logging
+import re
+import secrets
+import sys
+import traceback
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from importlib.abc import MetaPathFinder
+from importlib.machinery import FileFinder, ModuleSpec, SourceFileLoader
+from pathlib import Path
+from types import CodeType, ModuleType
+from typing import Any, Literal, Self
+
+from kernel.agent import BaseAgent, Clock, Context
+from kernel.config import PluginsConfig, Settings, build
+from kernel.errors import ConfigError, PluginExecutionError, PluginLoadError
+from kernel.hooks import HookRunner
+
+logger = logging.getLogger(__name__)
+
+HOOKS = ("on_request", "on_response", "on_chunk", "on_end")
+RESERVED = ("help", "explain")  # commands that the proxy answers itself
+NAME = re.compile(r"[a-z0-9][a-z0-9_-]*")
+
+
+@dataclass(frozen=True, slots=True)
+class AgentConfig:
+    """The keys of `config.json`, all optional; `[agents.NAME]` in `osp.toml` mirrors them."""
+
+    command: str = ""  # default: the folder's name without _agent
+    description: str = ""  # default: the first line of the class's docstring
+    enabled: bool = True
+    always: bool = False  # in play without being asked for
+    priority: float = 0.0  # of those: lowest first
+    models: tuple[str, ...] = ()  # of those: patterns of the models meant; empty: all
+    on_error: Literal["skip", "abort"] = "skip"  # a failure: go on without it, or refuse
+    timeout: float | None = None  # seconds for each hook; default: chain.timeout
+    structured: bool = False  # its response hooks keep JSON valid
+    settings: Settings = field(default_factory=dict)  # the operator's
+    arguments: Settings = field(default_factory=dict)  # a prompt's, with their defaults
+
+
+@dataclass(slots=True)
+class Plugin:
+    """One plugin, loaded or not: it always owns its name."""
+
+    name: str
+    folder: Path
+    config: AgentConfig = field(default_factory=AgentConfig)
+    agent: BaseAgent | None = None
+    error: PluginLoadError | None = None
+    hooks: tuple[str, ...] = ()  # those that it overrides
+    runner: HookRunner = field(default_factory=HookRunner)
+
+    @property
+    def status(self) -> Literal["loaded", "failed", "disabled"]:
+        return "loaded" if self.agent else "failed" if self.error else "disabled"
+
+    @property
+    def description(self) -> str:
+        doc = (type(self.agent).__doc__ or "") if self.agent else ""
+        return self.config.description or doc.strip().partition("\n")[0]
+
+    def instance(self, context: Context, arguments: Settings) -> BaseAgent:
+        """Return a copy for one request: what its hooks assign to `self` stays there."""
+        agent = copy.copy(self.agent)
+        assert agent is not None
+        agent.context = context
+        agent.arguments = arguments
+        return agent
+
+
+class PluginRegistry:
+    """The plugins of one app: enter it to load them, leave it to tear them down.
+
+    `agents` are the tables `[agents.NAME]`, `data` the folder for what agents keep, and `environ`
+    what a setting `"$NAME"` stands for. Raises ConfigError for an `[agents.NAME]` without a plugin.
+    """
+
+    def __init__(
+        self, config: PluginsConfig, agents: Settings, data: Path, environ: Mapping[str, str]
+    ) -> None:
+        self._config = config
+        self._data = data
+        self._finder = SourceFinder(f"osp_{secrets.token_hex(4)}_")
+        self.plugins: Mapping[str, Plugin] = scan(config, agents, environ)
+
+    async def __aenter__(self) -> Self:
+        sys.meta_path.insert(0, self._finder)  # the ordinary finder would leave bytecode
+        await asyncio.gather(*(self._load(plugin) for plugin in self.plugins.values()))
+        return self
+
+    async def __aexit__(self, *exc_info: object) -> None:
+        for plugin in self.plugins.values():
+            try:
+                if plugin.agent:
+                    clock = Clock(self._config.setup_timeout)
+                    await plugin.runner.run(plugin.agent.teardown, clock=clock)
+            except Exception as exc:  # the last word of foreign code; nothing depends on it
+                complain("agent failed to tear down", plugin, load_error(exc, plugin.folder))
+            self._forget(plugin)
+        sys.meta_path.remove(self._finder)
+
+    async def _load(self, plugin: Plugin) -> None:
+        """Import, construct and set up; what goes wrong ends up in `plugin.error`."""
+        limit = self._config.setup_timeout
+        try:
+            if plugin.error is None and plugin.config.enabled:
+                agent = await plugin.runner.run(self._make, plugin, clock=Clock(limit))
+                await plugin.runner.run(agent.setup, clock=Clock(limit))
+                plugin.agent = agent
+        except Exception as exc:  # a plugin is foreign code, and may even raise Reply here
+            plugin.error = load_error(exc, plugin.folder)
+            self._forget(plugin)
+        if plugin.error:
+            complain("agent failed to load", plugin, plugin.error)
+
+    def _make(self, plugin: Plugin) -> BaseAgent:
+        """Import the plugin's code and return its agent; runs in a thread."""
+        name, folder = self._module(plugin), plugin.folder
+        loader = SourceOnly(name, str(folder / "agent.py"))
+        spec = importlib.util.spec_from_loader(name, loader, is_package=True)
+        assert spec
+        spec.submodule_search_locations = [str(folder)]
+        module = importlib.util.module_from_spec(spec)
+        sys.modules[name] = module  # before it runs: dataclasses look their module up
+        loader.exec_module(module)
+        kind = agent_class(module)
+        agent = kind()
+        agent.settings = plugin.config.settings
+        agent._data_dir = self._data / plugin.name
+        plugin.hooks = tuple(h for h in HOOKS if getattr(kind, h) is not getattr(BaseAgent, h))
+        try:
+            copy.copy(agent).arguments = {}
+        except Exception as exc:  # whatever a class does about copies and assignments
+            raise PluginLoadError(f"its instances cannot be copied for a request: {exc}") from exc
+        return agent
+
+    def _module(self, plugin: Plugin) -> str:
+        return self._finder.prefix + plugin.folder.name
+
+    def _forget(self, plugin: Plugin) -> None:
+        name = self._module(plugin)
+        for key in [key for key in sys.modules if key == name or key.startswith(f"{name}.")]:
+            del sys.modules[key]
+
+
+def scan(config: PluginsConfig, agents: Settings, environ: Mapping[str, str]) -> dict[str, Plugin]:
+    """Return the plugins by command, read from their folders; nothing is imported yet."""
+    plugins: dict[str, Plugin] = {}
+    unused = set(agents)
+    for folder in folders(config.dirs):
+        name = folder.name.removesuffix("_agent").lower()
+        plugin = Plugin(name, folder)
+        unused.discard(name)
+        try:
+            plugin.config = read_config(folder, agents.get(name, {}), environ)
+            plugin.name = command_of(name, plugin.config)
+            if plugin.name in plugins:
+                raise PluginLoadError(f"/{plugin.name} is {plugins[plugin.name].folder} already")
+        except PluginLoadError as exc:
+            plugin.error = exc
+        if not config.only or plugin.name in config.only:
+            # The second of a command is listed under a name that nobody can type.
+            key = plugin.name if plugin.name not in plugins else f"{plugin.name} ({folder})"
+            plugins[key] = plugin
+    if unused:
+        dirs = ", ".join(map(str, config.dirs))
+        raise ConfigError(f"[agents.{min(unused)}]: there is no such plugin in {dirs}")
+    return plugins
+
+
+def folders(dirs: Sequence[Path]) -> Iterator[Path]:
+    """Yield every folder that is a plugin, or is named like one. Raises ConfigError."""
+    for directory in dirs:
+        if not directory.is_dir():
+            raise ConfigError(f"plugins.dirs: {directory} is no folder")
+        for folder in sorted(directory.iterdir()):
+            if (folder / "agent.py").is_file() or folder.name.endswith("_agent"):
+                yield folder
+
+
+def read_config(folder: Path, overrides: Settings, environ: Mapping[str, str]) -> AgentConfig:
+    """Return `config.json` with what `osp.toml` says over it. Raises PluginLoadError."""
+    file = folder / "config.json"
+    try:
+        table = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+        declared = build(AgentConfig, table, str(file), folder)
+        said = build(AgentConfig, overrides, f"[agents] {folder.name}", folder)
+        for key in said.settings:
+            if declared.settings and key not in declared.settings:
+                known = ", ".join(declared.settings)
+                raise ConfigError(f"unknown setting {key!r}; known are {known}")
+        settings = {**declared.settings, **said.settings}
+        arguments = {**declared.arguments, **said.arguments}
+        for key, default in arguments.items():
+            if not isinstance(default, str | int | float):
+                raise ConfigError(f"arguments: {key} must be a string, a number or a boolean")
+        settings = {key: resolved(value, environ) for key, value in settings.items()}
+    except (OSError, ValueError, ConfigError, AttributeError, TypeError) as exc:
+        raise PluginLoadError(str(exc), type(exc).__name__, str(file)) from exc
+    top = {key: getattr(said, key) for key in overrides}
+    return replace(declared, **{**top, "settings": settings, "arguments": arguments})
+
+
+def resolved(value: Any, environ: Mapping[str, str]) -> Any:
+    """Return the environment's value for `"$NAME"`, and any other value as it is."""
+    if not isinstance(value, str) or not re.fullmatch(r"\$[A-Za-z_]\w*", value):
+        return value
+    if value[1:] not in environ:
+        raise ConfigError(f"settings: {value} is not set in the environment")
+    return environ[value[1:]]
+
+
+def command_of(name: str, config: AgentConfig) -> str:
+    command = (config.command or name).lower()
+    if command in RESERVED or not NAME.fullmatch(command):
+        raise PluginLoadError(f"{command!r} cannot be a command: letters, digits, _ and - can")
+    return command
+
+
+def agent_class(module: ModuleType) -> type[BaseAgent]:
+    """Return the one subclass of BaseAgent that a module defines. Raises PluginLoadError."""
+    kinds = [kind for kind in vars(module).values() if isinstance(kind, type)]
+    found = [k for k in kinds if issubclass(k, BaseAgent) and k.__module__ == module.__name__]
+    if len(found) != 1:
+        names = ", ".join(kind.__name__ for kind in found) or "none"
+        raise PluginLoadError(f"agent.py must define one subclass of BaseAgent; found: {names}")
+    return found[0]
+
+
+def load_error(exc: BaseException, folder: Path) -> PluginLoadError:
+    """Return `exc` as what `GET /plugins` shows: its type, and the plugin's own file and line."""
+    cause = exc.__cause__ or exc if isinstance(exc, PluginExecutionError) else exc
+    where = place_of(cause, folder) or str(folder / "agent.py")
+    kind = "PluginLoadError" if isinstance(cause, PluginExecutionError) else type(cause).__name__
+    return PluginLoadError(str(cause), kind, where)
+
+
+def place_of(exc: BaseException | None, folder: Path) -> str:
+    """Return `file:line`, the last place inside of `folder` that an exception came through."""
+    if isinstance(exc, SyntaxError) and exc.filename:
+        return f"{exc.filename}:{exc.lineno}"
+    frames = traceback.extract_tb(exc.__traceback__ if exc else None)
+    inside = [f"{f.filename}:{f.lineno}" for f in frames if f.filename.startswith(str(folder))]
+    return inside[-1] if inside else ""
+
+
+def complain(event: str, plugin: Plugin, error: PluginLoadError) -> None:
+    fields = {"agent": plugin.name, "error": f"{error.kind}: {error}", "where": error.where}
+    logger.warning(event, extra={"fields": fields})
+
+
+class SourceOnly(SourceFileLoader):
+    """Compiles the source each time: no stale bytecode is read, and none is written."""
+
+    def get_code(self, fullname: str) -> CodeType:
+        path = self.get_filename(fullname)
+        return self.source_to_code(self.get_data(path), path)
+
+
+class SourceFinder(MetaPathFinder):
+    """Finds the helpers beside an `agent.py`, for the packages whose name begins with `prefix`."""
+
+    def __init__(self, prefix: str) -> None:
+        self.prefix = prefix
+
+    def find_spec(
+        self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
+    ) -> ModuleSpec | None:
+        if path is None or not fullname.startswith(self.prefix):
+            return None
+        return FileFinder(next(iter(path)), (SourceOnly, [".py"])).find_spec(fullname)

@@ -1,0 +1,222 @@
+"""Relay: carries a request to Ollama and its answer to the client, as both come.
+
+Nothing is collected on the way, and the upstream is closed on every way out: when the answer has
+ended, when the client leaves in whatever phase, when anything fails. An answer that the upstream
+breaks off is never ended as if it were whole.
+
+There is one consumer of `receive()` at a time: `Upload` reads the body, and when that is read
+`Watch` waits for the client's leaving, which nobody would notice otherwise.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Sequence
+from contextlib import aclosing
+from types import TracebackType
+from typing import Self
+
+from starlette.types import Receive, Scope, Send
+
+from kernel import dialects
+from kernel.client import Answer, Headers, OllamaClient
+from kernel.errors import BrokenAnswer, ClientDisconnected, OSPError, UpstreamError
+from kernel.log import facts
+
+# RFC 9110 section 7.6.1, with the older names that Ollama's own proxy strips
+HOP_BY_HOP = frozenset(
+    b"connection proxy-connection keep-alive proxy-authenticate proxy-authorization te trailer"
+    b" transfer-encoding upgrade".split()
+)
+
+
+class Forward:
+    """An ASGI endpoint that forwards unread whatever it is sent."""
+
+    def __init__(self, client: OllamaClient) -> None:
+        self.client = client
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            await forward(self.client, scope, Upload(scope, receive), receive, send)
+        except UpstreamError as exc:
+            await refuse(scope, send, exc)
+
+
+async def forward(
+    client: OllamaClient, scope: Scope, upload: Upload, receive: Receive, send: Send
+) -> None:
+    """Send the client's own request, and relay the answer.
+
+    Raises UpstreamError as long as nothing was answered, and ClientDisconnected.
+    """
+    target, headers = target_of(scope), request_headers(scope, client)
+    body = upload if upload.expected else None
+    with Watch(receive, after=upload):
+        answer = await client.forward(scope["method"], target, headers, body)
+        async with aclosing(answer):
+            await relay(answer, send)
+    await send_end(send)
+
+
+async def relay(answer: Answer, send: Send, extra: Headers | None = None) -> None:
+    """Send an answer on as its bytes come, all but its end. Raises BrokenAnswer."""
+    await start(send, answer.status, [*response_headers(answer), *(extra or [])])
+    try:
+        async for chunk in answer:
+            if chunk:
+                await send_chunk(send, chunk)
+    except UpstreamError as exc:
+        raise BrokenAnswer(str(exc)) from exc
+
+
+class Upload:
+    """The request's body: an async iterator of its bytes, or read at once up to a limit."""
+
+    def __init__(self, scope: Scope, receive: Receive) -> None:
+        framing = (b"content-length", b"transfer-encoding")
+        self.expected = any(name in framing for name, _ in scope["headers"])
+        self.done = asyncio.Event()
+        self._receive = receive
+        self._kept: list[bytes] = []
+        if not self.expected:
+            self.done.set()
+
+    async def read(self, limit: int) -> bytes | None:
+        """Return the whole body, or None if it is longer than `limit` bytes.
+
+        Iterating afterwards still gives all of it. Raises ClientDisconnected.
+        """
+        size = 0
+        while size <= limit and not self.done.is_set():
+            self._kept.append(await self._next())
+            size += len(self._kept[-1])
+        return b"".join(self._kept) if size <= limit else None
+
+    async def __aiter__(self) -> AsyncIterator[bytes]:
+        while self._kept:
+            yield self._kept.pop(0)
+        while not self.done.is_set():
+            if chunk := await self._next():
+                yield chunk
+
+    async def _next(self) -> bytes:
+        message = await self._receive()
+        body: bytes = message.get("body", b"")
+        if message["type"] == "http.disconnect":
+            raise ClientDisconnected
+        if not message.get("more_body", False):
+            self.done.set()
+        return body
+
+
+class Watch:
+    """Cancel the block inside when the client leaves; it then ends with ClientDisconnected.
+
+    It waits until `after` is read, because only one may call `receive()`, and then a moment more:
+    most answers are there before it would begin, and they cost no task.
+    """
+
+    GRACE = 0.02  # seconds
+
+    def __init__(self, receive: Receive, after: Upload) -> None:
+        self._receive = receive
+        self._after = after
+        self._left = False
+        self._watcher: asyncio.Task[None] | None = None
+
+    def __enter__(self) -> Self:
+        self._block = asyncio.current_task()
+        self._timer = asyncio.get_running_loop().call_later(self.GRACE, self._begin)
+        return self
+
+    def _begin(self) -> None:
+        self._watcher = asyncio.create_task(self._watch())
+
+    async def _watch(self) -> None:
+        await self._after.done.wait()
+        while (await self._receive())["type"] != "http.disconnect":
+            pass
+        self._left = True
+        assert self._block is not None
+        self._block.cancel()
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        exc: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        # Nothing is awaited here, so a cancel of ours has always arrived inside the block.
+        self._timer.cancel()
+        if self._watcher:
+            self._watcher.cancel()
+        if self._left and isinstance(exc, asyncio.CancelledError):
+            assert self._block is not None
+            if self._block.uncancel() == 0:  # and nobody else cancelled it, too
+                raise ClientDisconnected from exc
+
+
+def target_of(scope: Scope) -> bytes:
+    """Return path and query as the client wrote them."""
+    query = scope["query_string"]
+    path: bytes = scope["raw_path"]
+    return path + b"?" + query if query else path
+
+
+def request_headers(scope: Scope, client: OllamaClient) -> Headers:
+    """Return the headers that go upstream: the client's own, less Host and the hop-by-hop ones.
+
+    `Expect` was answered here. A page of our own origin is one of Ollama's own origin to Ollama.
+    """
+    headers: Headers = scope["headers"]
+    dropped = named_hop_by_hop(headers) | {b"host", b"expect"}
+    host = next((value for name, value in headers if name == b"host"), b"")
+    ours = {b"http://" + host, b"https://" + host}
+    theirs = f"{client.upstream.scheme}://{client.upstream.authority}".encode()
+    return [
+        (name, theirs if name == b"origin" and value in ours else value)
+        for name, value in headers
+        if name not in dropped
+    ]
+
+
+def response_headers(answer: Answer) -> Headers:
+    """Return the headers that go to the client: Ollama's own, less the hop-by-hop ones."""
+    dropped = named_hop_by_hop(answer.headers)
+    if answer.status in (204, 304):
+        dropped |= {b"content-length"}  # uvicorn would wait for a body
+    return [pair for pair in answer.headers if pair[0].lower() not in dropped]
+
+
+def named_hop_by_hop(headers: Headers) -> frozenset[bytes]:
+    """Return the names that end here: the known ones and those that `Connection` lists."""
+    listed = [value for name, value in headers if name.lower() == b"connection"]
+    return HOP_BY_HOP.union(*(value.lower().replace(b" ", b"").split(b",") for value in listed))
+
+
+async def start(send: Send, status: int, headers: Headers) -> None:
+    await send({"type": "http.response.start", "status": status, "headers": headers})
+
+
+async def send_chunk(send: Send, chunk: bytes) -> None:
+    await send({"type": "http.response.body", "body": chunk, "more_body": True})
+
+
+async def send_end(send: Send, chunk: bytes = b"") -> None:
+    await send({"type": "http.response.body", "body": chunk, "more_body": False})
+
+
+async def respond(scope: Scope, send: Send, status: int, headers: Headers, body: bytes) -> None:
+    """Send an answer of our own, with the CORS headers that Ollama would have given."""
+    length = (b"content-length", b"%d" % len(body))
+    await start(send, status, [*headers, length, *facts(scope).cors])
+    await send_end(send, body)
+
+
+async def refuse(
+    scope: Scope, send: Send, exc: OSPError, extra: Sequence[tuple[bytes, bytes]] = ()
+) -> None:
+    """Send an error in the dialect of the path."""
+    content_type, body = dialects.error(scope["path"], exc.status, str(exc))
+    await respond(scope, send, exc.status, [(b"content-type", content_type), *extra], body)

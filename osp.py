@@ -1,0 +1,219 @@
+"""Ollama Smart Proxy: the composition root and the command line.
+
+`create_app` is the architecture: it makes one client, one registry and one collector and hands them
+to the slices. `main` reads the settings and serves; what is process-wide (signals, logging,
+`sys` settings, the environment) belongs to it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import logging
+import math
+import os
+import signal
+import socket
+import sys
+from collections.abc import AsyncIterator, Mapping
+from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import replace
+from pathlib import Path
+from types import FrameType
+
+import uvicorn
+from starlette.routing import Router
+from starlette.types import ASGIApp
+
+import demo
+from kernel import log
+from kernel.client import OllamaClient
+from kernel.config import HOME, Config, Upstream, load, parse_upstream
+from kernel.errors import ConfigError, UpstreamError
+from kernel.guard import Guard, is_mine
+from kernel.log import AccessLog
+from kernel.metrics import Metrics
+from kernel.registry import PluginRegistry
+from slices import (
+    chat,
+    embeddings,
+    generate,
+    health,
+    metrics,
+    passthrough,
+    plugins,
+    tags,
+)
+
+logger = logging.getLogger("osp")
+
+
+def create_app(config: Config, environ: Mapping[str, str] | None = None) -> ASGIApp:
+    """Return the proxy as an ASGI application; `environ` is what settings like "$NAME" mean.
+
+    Raises ConfigError. Removing a slice is deleting its file and its lines here.
+    """
+    client = OllamaClient(parse_upstream(config.upstream.url), config.upstream.connect_timeout)
+    collector = Metrics()
+    registry = PluginRegistry(config.plugins, config.agents, config.server.data, environ or {})
+
+    @asynccontextmanager
+    async def lifespan(app: object) -> AsyncIterator[None]:
+        async with client, registry:
+            await announce(client, registry)
+            yield
+
+    own = [
+        *health.routes(client, registry),
+        *plugins.routes(registry, collector),
+        *metrics.routes(collector),
+    ]
+    routes = [
+        *chat.routes(
+            client, registry, collector, config.chain, config.commands, config.server.max_body
+        ),
+        *generate.routes(client),
+        *embeddings.routes(client),
+        *tags.routes(client),
+        *own,
+    ]
+    router = Router(
+        routes,
+        default=passthrough.endpoint(client),
+        redirect_slashes=False,
+        lifespan=lifespan,
+    )
+    guard = Guard(router, config.access, config.server.host, [route.path for route in own])
+    return AccessLog(guard, collector, [route.path for route in routes])
+
+
+async def announce(client: OllamaClient, registry: PluginRegistry) -> None:
+    """Say at the start whether Ollama answers and which agents there are."""
+    fields = {"url": client.upstream.url}
+    try:
+        fields["version"] = await client.version()
+        logger.info("upstream answers", extra={"fields": fields})
+    except UpstreamError as exc:
+        fields["error"] = str(exc)
+        logger.warning("upstream does not answer yet", extra={"fields": fields})
+    loaded = [name for name, plugin in registry.plugins.items() if plugin.agent]
+    logger.info("agents loaded", extra={"fields": {"agents": " ".join(loaded) or "none"}})
+
+
+class Server(uvicorn.Server):
+    """uvicorn, but a signal that was obeyed is not raised again, and a second one ends it all."""
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        if self.should_exit:
+            signal.signal(sig, signal.SIG_DFL)
+            signal.raise_signal(sig)
+        self.should_exit = True
+
+
+async def serve(
+    config: Config, environ: Mapping[str, str], listener: socket.socket, pace: float | None
+) -> None:
+    """Serve until a signal comes; with a `pace`, before a stand-in for Ollama that speaks at it."""
+    async with AsyncExitStack() as stack:
+        if pace is not None:
+            url = await stack.enter_async_context(demo.serve(demo.create_app(pace)))
+            config = replace(config, upstream=replace(config.upstream, url=url))
+        server = Server(
+            uvicorn.Config(
+                create_app(config, environ),
+                lifespan="on",  # auto would hide what goes wrong in it
+                log_config=None,
+                access_log=False,
+                server_header=False,
+                date_header=False,
+                proxy_headers=False,
+                ws="none",
+                timeout_keep_alive=75,  # clients keep connections longer than uvicorn's 5 seconds
+                timeout_graceful_shutdown=math.ceil(config.server.shutdown),
+                h11_max_incomplete_event_size=2**20,  # Go takes headers of a megabyte, too
+            )
+        )
+        logger.info("listening", extra={"fields": {"url": url_of(listener)}})
+        await server.serve(sockets=[listener])
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """Return a socket that is bound to the address. Raises ConfigError."""
+    try:
+        family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        return socket.create_server(address[:2], family=family, backlog=2048)
+    except OSError as exc:
+        text = f"cannot listen on {host}:{port}: {exc.strerror or exc}; --port takes another one"
+        raise ConfigError(text) from exc
+
+
+def url_of(listener: socket.socket) -> str:
+    host, port = listener.getsockname()[:2]
+    return Upstream("http", host, port).url
+
+
+def check_loop(listener: socket.socket, upstream: Upstream) -> None:
+    """Raise ConfigError if the upstream is the very address that the proxy listens on."""
+    host, port = listener.getsockname()[:2]
+    try:
+        theirs = {info[4][0] for info in socket.getaddrinfo(upstream.host, upstream.port)}
+    except OSError:
+        return  # no such name: every request will say so
+    everywhere = host in ("0.0.0.0", "::") and any(map(is_mine, map(str, theirs)))
+    if port == upstream.port and (host in theirs or everywhere):
+        raise ConfigError(f"upstream.url: {upstream.url} is this proxy itself, it must be Ollama")
+
+
+def parse_flags(arguments: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        "osp.py", description="Slash-command agents in front of Ollama, for every client."
+    )
+    parser.add_argument("--config", type=Path, help="a settings file (default: osp.toml beside it)")
+    parser.add_argument("--host", help="the address to listen on (default: 127.0.0.1)")
+    parser.add_argument("--port", type=int, help="the port to listen on (default: 11435)")
+    upstream = parser.add_mutually_exclusive_group()
+    upstream.add_argument("--upstream", metavar="URL", help="Ollama (default: 127.0.0.1:11434)")
+    upstream.add_argument(
+        "--demo",
+        metavar="SECONDS",
+        nargs="?",
+        type=float,
+        const=0.03,
+        help="use a built-in stand-in for Ollama, with so many seconds between two words",
+    )
+    return parser.parse_args(arguments)
+
+
+def read_config(flags: argparse.Namespace, environ: Mapping[str, str]) -> Config:
+    """Return the settings of file, environment and flags. Raises ConfigError."""
+    beside = HOME / "osp.toml"
+    file = flags.config or (beside if beside.exists() else None)
+    given = {
+        "server": {"host": flags.host, "port": flags.port},
+        "upstream": {"url": flags.upstream},
+    }
+    said = {name: {k: v for k, v in keys.items() if v is not None} for name, keys in given.items()}
+    return load(file, environ, said)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the command line and return the exit status: 0 after a clean stop, 2 for bad settings."""
+    flags = parse_flags(arguments)
+    environ = dict(os.environ)
+    try:
+        config = read_config(flags, environ)
+        log.configure(config.log.level, config.log.format)
+        with listen(config.server.host, config.server.port) as listener:
+            if flags.demo is None:
+                check_loop(listener, parse_upstream(config.upstream.url))
+            loop_factory = uvicorn.Config(create_app).get_loop_factory()
+            with asyncio.Runner(loop_factory=loop_factory) as runner:
+                runner.run(serve(config, environ, listener, flags.demo))
+    except ConfigError as exc:
+        sys.stderr.write(f"osp.py: {exc}\n")
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,243 @@
+"""Turn: what one chat request asks for, read from its body, its headers and its model's name.
+
+What is in doubt about a body (no strict JSON, a key in another case) is no turn: it goes to Ollama
+as it is. The commands are taken out of the messages here, and each agent that is in play gets its
+run; what the proxy answers itself (help, a wrong argument, an agent that failed to load) is the
+turn's reply.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
+from typing import Any, NoReturn
+
+from starlette.types import Scope
+
+from kernel.agent import Context, Payload, is_user, last_user, set_text, text_of
+from kernel.client import OllamaClient
+from kernel.config import ChainConfig, CommandsConfig
+from kernel.dialects import OPENAI, Dialect
+from kernel.errors import BadRequest
+from kernel.log import facts
+from kernel.metrics import Metrics
+from kernel.registry import Plugin, PluginRegistry
+from slices.chat.chain import Run
+from slices.chat.commands import Command, Grammar, help_text, parse_arguments, unavailable
+
+AGENTS = b"x-osp-agents"
+KNOWN_KEYS = frozenset(
+    "model messages stream format keep_alive tools options think logprobs top_logprobs"
+    " response_format stream_options role content images tool_calls tool_name tool_call_id".split()
+)
+
+
+@dataclass(slots=True)
+class Turn:
+    """One touched request: the payload without its commands, and the agents in play."""
+
+    payload: Payload
+    commands: list[Command] = field(default_factory=list)  # asked for, each agent once
+    runs: list[Run] = field(default_factory=list)  # always-on agents first
+    reply: str | None = None  # answered without the model
+
+    def takes_replies(self, dialect: Dialect) -> bool:
+        """Tell whether prose is a possible answer: the client wants no JSON and no tool call."""
+        return not (dialect.is_structured(self.payload) or self.payload.get("tools"))
+
+
+class TurnReader:
+    """Reads the turns of one dialect."""
+
+    def __init__(
+        self,
+        client: OllamaClient,
+        registry: PluginRegistry,
+        metrics: Metrics,
+        chain: ChainConfig,
+        commands: CommandsConfig,
+        dialect: Dialect,
+    ) -> None:
+        self.client = client
+        self.registry = registry
+        self.metrics = metrics
+        self.chain = chain
+        self.dialect = dialect
+        self.typed = Grammar(commands.prefix, self.known)
+        self.spelled = Grammar("/", self.known)  # in the header and the suffix, whatever is typed
+
+    def known(self, name: str) -> bool:
+        return name in self.registry.plugins
+
+    def read(self, body: bytes, scope: Scope) -> Turn | None:
+        """Return what is asked for, or None for a request that is forwarded as it is.
+
+        Raises BadRequest for an unknown agent or a wrong argument in the header or the suffix.
+        """
+        payload = parse(body, self.dialect)
+        if payload is None:
+            return None
+        facts(scope).model = payload["model"]
+        header = next((v.decode("latin-1") for k, v in scope["headers"] if k == AGENTS), None)
+        payload["model"], suffix = split_model(payload["model"])
+        strict = [*self.listed("X-OSP-Agents", header), *self.listed("the model's suffix", suffix)]
+        if not payload.get("messages"):  # it loads or unloads a model: nobody's turn
+            return Turn(payload) if header is not None or suffix else None
+        about = self.typed.help_wanted(text_of(last_user(payload) or {}))
+        typed, stripped = self.strip(payload)
+        always = self.always(payload["model"])
+        touched = strict or typed or stripped or always or about is not None
+        if not touched and header is None and suffix is None:
+            return None
+        turn = Turn(payload, unique([*strict, *typed]))
+        if about is not None and not turn.commands:
+            turn.reply = self.help(about)
+        else:
+            self.enlist(turn, always, strict, scope)
+        return turn
+
+    def listed(self, where: str, text: str | None) -> list[Command]:
+        """Return the commands of a header or a suffix, which holds nothing else."""
+        commands, rest = self.spelled.split(text or "")
+        if rest:
+            known = ", ".join(f"/{name}" for name in self.registry.plugins) or "none"
+            raise BadRequest(f"{where}: {rest!r} is no known agent; known are: {known}")
+        return commands
+
+    def strip(self, payload: Payload) -> tuple[list[Command], bool]:
+        """Take the commands out of every user message; those of the last one count.
+
+        So the model never learns to type them, and its prompt cache keeps hitting.
+        """
+        commands: list[Command] = []
+        stripped = False
+        for message in filter(is_user, payload["messages"]):
+            text = text_of(message)
+            commands, rest = self.typed.split(text)
+            if rest != text:
+                set_text(message, rest)
+                stripped = True
+        return commands, stripped
+
+    def always(self, model: str) -> list[Plugin]:
+        plugins = (p for p in self.registry.plugins.values() if p.config.always and p.agent)
+        meant = [plugin for plugin in plugins if matches(model, plugin.config.models)]
+        return sorted(meant, key=lambda plugin: (plugin.config.priority, plugin.name))
+
+    def enlist(
+        self, turn: Turn, always: list[Plugin], strict: Sequence[Command], scope: Scope
+    ) -> None:
+        """Fill in the runs, or the reply where a command cannot be obeyed."""
+        commands = {command.name: command for command in turn.commands}
+        asked = [self.registry.plugins[name] for name in commands]
+        state: dict[str, Any] = {}
+        for plugin in [*always, *(plugin for plugin in asked if plugin not in always)]:
+            command = commands.get(plugin.name)
+            try:
+                arguments = self.arguments(plugin, command)
+            except BadRequest as exc:
+                if command in strict:
+                    raise
+                turn.reply = f"{exc}\n\n{self.help(plugin.name)}"
+                return
+            request_id = facts(scope).request_id
+            context = Context(
+                request_id,
+                self.dialect.name,
+                self.dialect.wants_stream(turn.payload),
+                state,
+                agent_log(plugin.name, request_id),
+                turn.payload,
+                self.client,
+            )
+            agent = plugin.instance(context, arguments)
+            limit = plugin.config.timeout or self.chain.timeout
+            turn.runs.append(Run(plugin, agent, command is not None, limit, self.metrics))
+
+    def arguments(self, plugin: Plugin, command: Command | None) -> dict[str, Any]:
+        if plugin.agent is None:
+            raise BadRequest(f"the agent {plugin.name} {unavailable(plugin)}")
+        try:
+            return parse_arguments(command.arguments if command else "", plugin.config.arguments)
+        except BadRequest as exc:
+            raise BadRequest(f"{plugin.name}: {exc}") from exc
+
+    def help(self, name: str) -> str:
+        plugins = self.registry.plugins
+        return help_text([plugins[name]] if name else plugins.values(), self.typed.prefix)
+
+
+def agent_log(name: str, request_id: str) -> logging.LoggerAdapter[logging.Logger]:
+    fields = {"fields": {"agent": name, "request_id": request_id}}
+    return logging.LoggerAdapter(logging.getLogger(f"plugins.{name}"), fields)
+
+
+def parse(body: bytes, dialect: Dialect) -> Payload | None:
+    """Return the JSON of a chat, or None if Ollama may read it otherwise than we would.
+
+    Go's decoder is more lenient in some ways (the case of keys) and stricter in others (NaN).
+    """
+    try:
+        payload = json.loads(body.decode(), parse_constant=reject, parse_float=finite)
+    except (ValueError, RecursionError):
+        return None
+    if not isinstance(payload, dict) or not isinstance(payload.get("model"), str):
+        return None
+    messages = payload.get("messages") or []
+    options = payload.get("options") or {}
+    if not isinstance(messages, list) or not isinstance(options, dict) or misspelt(payload):
+        return None
+    parts_too = dialect is OPENAI
+    return payload if all(is_message(message, parts_too) for message in messages) else None
+
+
+def reject(constant: str) -> NoReturn:
+    raise ValueError(f"{constant} is no JSON")
+
+
+def finite(text: str) -> float:
+    number = float(text)
+    return reject(text) if number in (float("inf"), float("-inf")) else number
+
+
+def misspelt(table: Mapping[str, Any]) -> bool:
+    """Tell whether a known key stands there in another case, which Go would take for it."""
+    return any(key not in KNOWN_KEYS and key.casefold() in KNOWN_KEYS for key in table)
+
+
+def is_message(message: Any, parts_too: bool) -> bool:
+    if not isinstance(message, dict) or misspelt(message):
+        return False
+    content = message.get("content")
+    if isinstance(content, list) and parts_too:
+        return all(isinstance(p, dict) and isinstance(p.get("text", ""), str) for p in content)
+    return content is None or isinstance(content, str)
+
+
+def split_model(model: str) -> tuple[str, str | None]:
+    """Split `llama3.2:3b+rag+translate:de` into the model and its suffix, as commands."""
+    name, plus, suffix = model.partition("+")  # + is no legal character of a model's name
+    return name, " ".join(f"/{part}" for part in suffix.split("+")) if plus else None
+
+
+def matches(model: str, patterns: tuple[str, ...]) -> bool:
+    """Tell whether a model is meant: without a tag it is `:latest`, as for Ollama."""
+    name, _, tag = model.partition(":")
+    names = {model, f"{name}:{tag or 'latest'}"} | ({name} if tag in ("", "latest") else set())
+    return not patterns or any(fnmatchcase(n, pattern) for n in names for pattern in patterns)
+
+
+def unique(commands: Sequence[Command]) -> list[Command]:
+    """Keep each agent's first place and last arguments."""
+    return list({command.name: command for command in commands}.values())
+
+
+def is_bare(payload: Payload) -> bool:
+    """Tell whether the last user message says nothing and shows nothing."""
+    message = last_user(payload) or {}
+    content = message.get("content")
+    shows = isinstance(content, list) and any(part.get("type") != "text" for part in content)
+    return not (text_of(message).strip() or message.get("images") or shows)

@@ -1,0 +1,13 @@
+"""Embeddings: POST /api/embed, /api/embeddings and /v1/embeddings, forwarded unread."""
+
+from __future__ import annotations
+
+from starlette.routing import Route
+
+from kernel.client import OllamaClient
+from kernel.relay import Forward
+
+
+def routes(client: OllamaClient) -> list[Route]:
+    paths = ("/api/embed", "/api/embeddings", "/v1/embeddings")
+    return [Route(path, Forward(client), name=path) for path in paths]
