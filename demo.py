@@ -83,23 +83,17 @@ Endpoint = Callable[[Request], Awaitable[Response]]
 
 
 @asynccontextmanager
-async def serve(app: ASGIApp, host: str = "127.0.0.1", port: int = 0) -> AsyncIterator[str]:
+async def serve(
+    app: ASGIApp, host: str = "127.0.0.1", port: int = 0, **options: Any
+) -> AsyncIterator[str]:
     """Run `app` inside the running loop; yield its base URL once it accepts connections.
 
-    Port 0 is any free one. Raises OSError where the port is taken, RuntimeError where the app
-    fails to start. On the way out, answers under way have one second.
+    Port 0 is any free one; `options` are uvicorn's. Raises OSError where the port is taken,
+    RuntimeError where the app fails to start. On the way out, answers under way have one second.
     """
-    config = uvicorn.Config(
-        app,
-        log_config=None,
-        log_level="warning",
-        access_log=False,
-        server_header=False,
-        proxy_headers=False,
-        ws="none",
-        timeout_keep_alive=75,
-        timeout_graceful_shutdown=1,
-    )
+    ours = {"log_config": None, "log_level": "warning", "access_log": False, "ws": "none"}
+    ours |= {"server_header": False, "proxy_headers": False, "timeout_graceful_shutdown": 1}
+    config = uvicorn.Config(app, **{**ours, **options})
     with socket.create_server((host, port)) as listener:
         async with _running(uvicorn.Server(config), listener):
             yield f"http://{host}:{listener.getsockname()[1]}"

@@ -20,6 +20,7 @@ from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import replace
 from pathlib import Path
 from types import FrameType
+from typing import Any
 
 import uvicorn
 from starlette.routing import Router
@@ -100,6 +101,19 @@ async def announce(client: OllamaClient, registry: PluginRegistry) -> None:
     logger.info("agents loaded", extra={"fields": {"agents": " ".join(loaded) or "none"}})
 
 
+SERVER: dict[str, Any] = {  # how uvicorn serves us; bench and tests do the same
+    "lifespan": "on",  # auto would hide what goes wrong in it
+    "log_config": None,
+    "access_log": False,
+    "server_header": False,
+    "date_header": False,
+    "proxy_headers": False,
+    "ws": "none",
+    "timeout_keep_alive": 75,  # clients keep connections longer than uvicorn's 5 seconds
+    "h11_max_incomplete_event_size": 2**20,  # Go takes headers of a megabyte, too
+}
+
+
 class Server(uvicorn.Server):
     """uvicorn, but a signal that was obeyed is not raised again, and a second one ends it all."""
 
@@ -118,21 +132,9 @@ async def serve(
         if pace is not None:
             url = await stack.enter_async_context(demo.serve(demo.create_app(pace)))
             config = replace(config, upstream=replace(config.upstream, url=url))
-        server = Server(
-            uvicorn.Config(
-                create_app(config, environ),
-                lifespan="on",  # auto would hide what goes wrong in it
-                log_config=None,
-                access_log=False,
-                server_header=False,
-                date_header=False,
-                proxy_headers=False,
-                ws="none",
-                timeout_keep_alive=75,  # clients keep connections longer than uvicorn's 5 seconds
-                timeout_graceful_shutdown=math.ceil(config.server.shutdown),
-                h11_max_incomplete_event_size=2**20,  # Go takes headers of a megabyte, too
-            )
-        )
+        grace = math.ceil(config.server.shutdown)
+        app = create_app(config, environ)
+        server = Server(uvicorn.Config(app, timeout_graceful_shutdown=grace, **SERVER))
         logger.info("listening", extra={"fields": {"url": url_of(listener)}})
         await server.serve(sockets=[listener])
 

@@ -141,10 +141,10 @@ class PluginRegistry:
         loader.exec_module(module)
         kind = agent_class(module)
         agent = kind()
-        agent.settings = plugin.config.settings
-        agent._data_dir = self._data / plugin.name
         plugin.hooks = tuple(h for h in HOOKS if getattr(kind, h) is not getattr(BaseAgent, h))
         try:
+            agent.settings = plugin.config.settings
+            agent._data_dir = self._data / plugin.name
             copy.copy(agent).arguments = {}
         except Exception as exc:  # whatever a class does about copies and assignments
             raise PluginLoadError(f"its instances cannot be copied for a request: {exc}") from exc

@@ -7,7 +7,7 @@ import json
 import textwrap
 from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ from starlette.types import Receive, Scope, Send
 
 import demo
 import osp
-from kernel.config import Config, PluginsConfig, ServerConfig, UpstreamConfig, build
+from kernel.config import Config, UpstreamConfig, build
 
 TURN = {"model": "demo", "messages": [{"role": "user", "content": "why is the sky blue?"}]}
 
@@ -40,22 +40,22 @@ def write_agent(folder: Path, name: str, code: str, **config: Any) -> Path:
 
 @asynccontextmanager
 async def running(
-    upstream: str, plugins: Path, **sections: Mapping[str, Any]
+    upstream: str, plugins: Path, data: Path | None = None, **sections: Mapping[str, Any]
 ) -> AsyncIterator[httpx.AsyncClient]:
     """Run a proxy before `upstream` with the agents in `plugins`, and yield a client of it.
 
     `sections` are tables as in osp.toml.
     """
     config = build(Config, sections, "test", plugins)
-    server = ServerConfig(data=plugins.parent / "data", max_body=config.server.max_body)
-    dirs = PluginsConfig(dirs=(plugins,), setup_timeout=config.plugins.setup_timeout)
-    settings = {"server": server, "plugins": dirs, "upstream": UpstreamConfig(url=upstream)}
-    app = osp.create_app(Config(**{**{k: getattr(config, k) for k in FIELDS}, **settings}))
-    async with demo.serve(app) as url, httpx.AsyncClient(base_url=url, timeout=10) as client:
+    server = replace(config.server, data=data or plugins.parent / "data")
+    dirs = replace(config.plugins, dirs=(plugins,))
+    url = UpstreamConfig(url=upstream)
+    app = osp.create_app(replace(config, server=server, plugins=dirs, upstream=url))
+    async with (
+        demo.serve(app, **osp.SERVER) as url,
+        httpx.AsyncClient(base_url=url, timeout=10) as client,
+    ):
         yield client
-
-
-FIELDS = ("commands", "chain", "access", "log", "agents")
 
 
 @dataclass

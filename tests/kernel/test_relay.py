@@ -1,0 +1,259 @@
+"""The relay on raw sockets: bytes both ways, and every way in which one side leaves the other."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import TypeAlias
+
+import anyio
+import httpx
+import pytest
+
+from tests.support import FakeOllama, running, turn, write_agent
+
+Reader: TypeAlias = asyncio.StreamReader
+Writer: TypeAlias = asyncio.StreamWriter
+Serve = Callable[[Reader, Writer, bytes], Awaitable[None]]
+
+HEAD = b"HTTP/1.1 200 OK\r\nContent-Type: application/x-ndjson\r\n"
+CHUNKED = HEAD + b"Transfer-Encoding: chunked\r\n\r\n"
+VERSION = b'HTTP/1.1 200 OK\r\nContent-Length: 15\r\n\r\n{"version":"0"}'
+REQUESTS = {
+    "pass-through": ("/api/pull", b'{"model":"x"}'),
+    "generate": ("/api/generate", b'{"model":"x"}'),
+    "embed": ("/api/embed", b'{"model":"x"}'),
+    "chat": ("/api/chat", json.dumps(turn("x")).encode()),
+    "chat with an agent": ("/api/chat", json.dumps(turn("/holds x")).encode()),
+    "openai": ("/v1/chat/completions", json.dumps(turn("x")).encode()),
+    "openai with an agent": ("/v1/chat/completions", json.dumps(turn("/holds x")).encode()),
+}
+HOLDS = """
+class Holds(BaseAgent):
+    async def on_response(self, response):
+        return response
+"""
+
+
+@asynccontextmanager
+async def raw_upstream(serve: Serve) -> AsyncIterator[str]:
+    """Run an upstream that answers each request with raw bytes; the proxy's own ask is answered."""
+
+    async def connected(reader: Reader, writer: Writer) -> None:
+        try:
+            while head := await reader.readuntil(b"\r\n\r\n"):
+                if not head.startswith(b"GET /api/version "):
+                    await serve(reader, writer, head)
+                    break
+                writer.write(VERSION)
+        except asyncio.IncompleteReadError:
+            pass
+        finally:
+            writer.close()
+
+    server = await asyncio.start_server(connected, "127.0.0.1", 0)
+    async with server:
+        yield f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}"
+
+
+@asynccontextmanager
+async def raw_client(client: httpx.AsyncClient) -> AsyncIterator[tuple[Reader, Writer]]:
+    reader, writer = await asyncio.open_connection(client.base_url.host, client.base_url.port)
+    try:
+        yield reader, writer
+    finally:
+        writer.close()
+
+
+def post(path: str, body: bytes) -> bytes:
+    head = f"POST {path} HTTP/1.1\r\nHost: localhost\r\nContent-Length: {len(body)}\r\n\r\n"
+    return head.encode() + body
+
+
+@pytest.mark.parametrize("phase", ["before headers", "in a stream", "before a whole answer"])
+@pytest.mark.parametrize("kind", REQUESTS)
+async def test_hanging_up_closes_the_upstream(plugins: Path, kind: str, phase: str) -> None:
+    write_agent(plugins, "holds", HOLDS)
+    path, body = REQUESTS[kind]
+    arrived, closed = asyncio.Event(), asyncio.Event()
+    begin = {
+        "before headers": b"",
+        "in a stream": CHUNKED + b"3\r\n{}\n\r\n",
+        "before a whole answer": b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\n\r\n",
+    }
+
+    async def serve(reader: Reader, writer: Writer, head: bytes) -> None:
+        length = next(line for line in head.lower().split(b"\r\n") if b"content-length" in line)
+        await reader.readexactly(int(length.split(b":")[1]))
+        writer.write(begin[phase])
+        arrived.set()
+        await reader.read()
+        closed.set()
+
+    async with raw_upstream(serve) as upstream, running(upstream, plugins) as client:
+        async with raw_client(client) as (reader, writer):
+            writer.write(post(path, body))
+            await arrived.wait()
+            if phase == "in a stream":
+                await reader.readuntil(b"{}\n")
+        with anyio.fail_after(1):
+            await closed.wait()
+
+
+async def test_hanging_up_in_an_upload_closes_the_upstream(plugins: Path) -> None:
+    arrived, closed = asyncio.Event(), asyncio.Event()
+
+    async def serve(reader: Reader, writer: Writer, head: bytes) -> None:
+        assert await reader.readexactly(4) == b"some"
+        arrived.set()
+        await reader.read()
+        closed.set()
+
+    async with raw_upstream(serve) as upstream, running(upstream, plugins) as client:
+        async with raw_client(client) as (_, writer):
+            writer.write(post("/api/blobs/x", b"x" * 99)[:-99] + b"some")
+            await arrived.wait()
+        with anyio.fail_after(1):
+            await closed.wait()
+
+
+@pytest.mark.parametrize(
+    ("answer", "status"),
+    [
+        (b"", 502),
+        (b"HTTP/1.1 200 OK\r\nContent-", 502),
+        (b"SSH-2.0-OpenSSH_9\r\n\r\n", 502),
+        (CHUNKED + b"5\r\n{}", None),
+        (CHUNKED + b"3\r\n{}\n\r\n", None),
+        (HEAD + b"Content-Length: 10\r\n\r\n{}\n", None),
+    ],
+)
+@pytest.mark.parametrize("kind", REQUESTS)
+async def test_an_upstream_that_breaks_off_is_a_502_or_a_broken_connection(
+    plugins: Path, kind: str, answer: bytes, status: int | None
+) -> None:
+    write_agent(plugins, "holds", HOLDS)
+    path, body = REQUESTS[kind]
+
+    async def serve(reader: Reader, writer: Writer, head: bytes) -> None:
+        await reader.read(1)
+        writer.write(answer)
+
+    async with raw_upstream(serve) as upstream, running(upstream, plugins) as client:
+        if status is None:
+            with pytest.raises(httpx.RemoteProtocolError):
+                await client.post(path, content=body)
+        else:
+            got = await client.post(path, content=body)
+            assert got.status_code == status
+            shape = dict if path.startswith("/v1/") else str
+            assert isinstance(got.json()["error"], shape)
+
+
+@pytest.mark.parametrize("kind", REQUESTS)
+async def test_where_nobody_listens_the_client_hears_what_to_do(plugins: Path, kind: str) -> None:
+    write_agent(plugins, "holds", HOLDS)
+    path, body = REQUESTS[kind]
+
+    async with running("http://127.0.0.1:1", plugins) as client:
+        answer = await client.post(path, content=body)
+
+    assert answer.status_code == 502
+    assert "nothing answers at http://127.0.0.1:1: is Ollama running there?" in answer.text
+
+
+async def test_what_is_sent_arrives_as_it_was_sent(ollama: FakeOllama, plugins: Path) -> None:
+    heads: list[bytes] = []
+
+    async def serve(reader: Reader, writer: Writer, head: bytes) -> None:
+        heads.append(head)
+        writer.write(HEAD + b"Content-Length: 0\r\n\r\n")
+
+    async with raw_upstream(serve) as upstream, running(upstream, plugins) as client:
+        async with raw_client(client) as (reader, writer):
+            writer.write(
+                b"PROPFIND //a/%2F/../b%0a?q=%20&ts=1&& HTTP/1.1\r\nHost: localhost:1\r\n"
+                b"X-Two: 1\r\nAccept: a\r\nX-Two: 2\r\nTE: trailers\r\nX-Hop: 1\r\n"
+                b"Connection: x-hop, keep-alive\r\nAccept-Encoding: br\r\n"
+                b"Expect: 100-continue\r\n\r\n"
+            )
+            await reader.readuntil(b"\r\n\r\n")
+
+    authority = upstream.removeprefix("http://").encode()
+    assert heads == [
+        b"PROPFIND //a/%2F/../b%0a?q=%20&ts=1&& HTTP/1.1\r\nhost: " + authority + b"\r\n"
+        b"x-two: 1\r\naccept: a\r\nx-two: 2\r\naccept-encoding: br\r\n\r\n"
+    ]
+
+
+async def test_what_is_answered_arrives_as_it_was_answered(plugins: Path) -> None:
+    async def serve(reader: Reader, writer: Writer, head: bytes) -> None:
+        writer.write(
+            b"HTTP/1.1 307 Temporary Redirect\r\nLocation: /x\r\nVary: a\r\nDate: then\r\n"
+            b"Vary: b\r\nKeep-Alive: 5\r\nConnection: keep-alive, x-hop\r\nX-Hop: 1\r\n"
+            b"Content-Encoding: gzip\r\nContent-Length: 4\r\n\r\n\x1f\x8b\x00\xff"
+        )
+
+    async with raw_upstream(serve) as upstream, running(upstream, plugins) as client:
+        async with raw_client(client) as (reader, writer):
+            writer.write(b"GET /api/chat/ HTTP/1.1\r\nHost: localhost\r\nX-Request-Id: r\r\n\r\n")
+            head = await reader.readuntil(b"\r\n\r\n")
+            body = await reader.readexactly(4)
+
+    assert head == (
+        b"HTTP/1.1 307 Temporary Redirect\r\nlocation: /x\r\nvary: a\r\ndate: then\r\nvary: b\r\n"
+        b"content-encoding: gzip\r\ncontent-length: 4\r\nx-request-id: r\r\n\r\n"
+    )
+    assert body == b"\x1f\x8b\x00\xff"
+
+
+@pytest.mark.parametrize("framing", ["length", "chunked"])
+async def test_a_body_goes_on_before_it_is_complete(plugins: Path, framing: str) -> None:
+    first = asyncio.Event()
+
+    async def serve(reader: Reader, writer: Writer, head: bytes) -> None:
+        await reader.readuntil(b"first")
+        first.set()
+        await reader.readuntil(b"second")
+        writer.write(b"HTTP/1.1 201 Created\r\nContent-Length: 0\r\n\r\n")
+
+    async def body() -> AsyncIterator[bytes]:
+        yield b"first"
+        await first.wait()
+        yield b"second"
+
+    headers = {"Content-Length": "11"} if framing == "length" else {}
+    async with raw_upstream(serve) as upstream, running(upstream, plugins) as client:
+        with anyio.fail_after(2):
+            answer = await client.post("/api/blobs/x", content=body(), headers=headers)
+
+    assert answer.status_code == 201
+
+
+@pytest.mark.parametrize("answer", [b"204 No Content", b"304 Not Modified"])
+async def test_answers_without_a_body_end_at_once(plugins: Path, answer: bytes) -> None:
+    async def serve(reader: Reader, writer: Writer, head: bytes) -> None:
+        writer.write(b"HTTP/1.1 " + answer + b"\r\nContent-Length: 7\r\n\r\n")
+
+    async with raw_upstream(serve) as upstream, running(upstream, plugins) as client:
+        with anyio.fail_after(2):
+            assert (await client.get("/x")).content == b""
+            assert (await client.head("/x")).content == b""
+
+
+async def test_headers_without_a_body_for_a_while_are_waited_for(plugins: Path) -> None:
+    go = asyncio.Event()
+
+    async def serve(reader: Reader, writer: Writer, head: bytes) -> None:
+        writer.write(CHUNKED)
+        await go.wait()
+        writer.write(b"2\r\nok\r\n0\r\n\r\n")
+
+    async with raw_upstream(serve) as upstream, running(upstream, plugins) as client:
+        async with client.stream("POST", "/api/pull", json={}) as answer:
+            assert answer.status_code == 200
+            go.set()
+            assert await answer.aread() == b"ok"
