@@ -208,7 +208,7 @@ def main(arguments: list[str] | None = None) -> int:
         with listen(config.server.host, config.server.port) as listener:
             if flags.demo is None:
                 check_loop(listener, parse_upstream(config.upstream.url))
-            loop_factory = uvicorn.Config(create_app).get_loop_factory()
+            loop_factory = uvicorn.Config(create_app, log_config=None).get_loop_factory()
             with asyncio.Runner(loop_factory=loop_factory) as runner:
                 runner.run(serve(config, environ, listener, flags.demo))
     except ConfigError as exc:

@@ -115,26 +115,25 @@ def build(kind: type[T], table: Settings, where: str, base: Path) -> T:
 
 def convert(value: Any, hint: Any, where: str, base: Path) -> Any:
     """Return `value` as the type `hint`, or raise a ConfigError that says what would be right."""
-    origin = get_origin(hint)
+    origin, kinds = get_origin(hint), get_args(hint)
     if is_dataclass(hint) and isinstance(value, dict):
         return build(hint, value, where, base)  # type: ignore[arg-type]
-    if origin is tuple and isinstance(value, list):
-        return tuple(convert(item, get_args(hint)[0], where, base) for item in value)
+    if origin is tuple and isinstance(value, list) and all(isinstance(v, str) for v in value):
+        return tuple(convert(item, kinds[0], where, base) for item in value)
     if origin is UnionType:
-        return convert(value, get_args(hint)[0], where, base)
+        return convert(value, kinds[0], where, base)
     if hint is Path and isinstance(value, str):
         return (base / Path(value).expanduser()).absolute()
     if hint is float and type(value) is int:
         return float(value)
-    fits = (
-        value in get_args(hint)
+    if (
+        value in kinds
         if origin is Literal
         else type(value) is (dict if origin is Mapping else hint)
-    )
-    if not fits:
-        shown = "this" if origin is tuple else repr(value)  # a key stays out of the terminal
-        raise ConfigError(f"{where}: {shown} is wrong here, it must be {expected(hint)}")
-    return value
+    ):
+        return value
+    shown = "this" if origin is tuple else repr(value)  # a key stays out of the terminal
+    raise ConfigError(f"{where}: {shown} is wrong here, it must be {expected(hint)}")
 
 
 def expected(hint: Any) -> str:
@@ -180,7 +179,7 @@ def parse(text: str, hint: Any) -> Any:
 def check_numbers(name: str, section: Any) -> None:
     """Raise ConfigError for a number that has the right type and cannot work."""
     for key, hint in get_type_hints(type(section)).items():
-        low, high = (0, 65535) if key == "port" else (1e-9, float("inf"))
+        low, high = (0, 65535) if key == "port" else (1e-9, 1e15)
         if hint in (int, float) and not low <= getattr(section, key) <= high:
             span = f"{low} to {high}" if key == "port" else "above 0"
             raise ConfigError(f"{name}.{key}: {getattr(section, key)} is wrong, it must be {span}")
@@ -217,7 +216,7 @@ def parse_upstream(text: str) -> Upstream:
         scheme, rest = ("https", text) if text == "ollama.com" else ("http", text)
     hostport, _, base = rest.partition("/")
     host, port = split_port(hostport)
-    if scheme not in ("http", "https") or "@" in host or any(map(str.isspace, host + base)):
+    if scheme not in ("http", "https") or "@" in hostport or any(map(str.isspace, host + base)):
         raise ConfigError(f"upstream.url: {text!r} is no address like http://127.0.0.1:11434")
     host = {"": "127.0.0.1", "0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
     default = 443 if scheme == "https" else 80 if separator else 11434

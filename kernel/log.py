@@ -38,9 +38,9 @@ class Facts:
 
     request_id: str
     status: int = 0  # 0: nothing was answered
+    outcome: str = "ok"
     model: str = ""
     agents: str = ""  # as X-OSP-Agents says it
-    outcome: str = "ok"
     foreign: bool = False  # a web page sent it that Ollama would refuse: no agent for it
     cors: list[tuple[bytes, bytes]] = field(default_factory=list)  # for answers of our own
 
@@ -71,8 +71,7 @@ class AccessLog:
         if scope["type"] != "http":
             return await self.app(scope, receive, send)
         known = scope["osp"] = Facts(self.request_id(scope))
-        began = time.perf_counter()
-        first = 0.0
+        began, first = time.perf_counter(), 0.0
         head, tail = b"", b""
 
         async def observed(message: Message) -> None:
@@ -91,14 +90,9 @@ class AccessLog:
             await self.app(scope, receive, observed)
         except ClientDisconnected:
             known.outcome = "client_closed"
-        except BrokenAnswer:
-            known.outcome = "upstream_broke"
-            raise
-        except CancelledError:
-            known.outcome = "stopped"
-            raise
-        except BaseException:
-            known.outcome = "failed"
+        except BaseException as exc:
+            outcomes = {BrokenAnswer: "upstream_broke", CancelledError: "stopped"}
+            known.outcome = outcomes.get(type(exc), "failed")
             raise
         finally:
             seconds = time.perf_counter() - began
@@ -117,18 +111,9 @@ class AccessLog:
 
 
 def log_request(scope: Scope, known: Facts, seconds: float) -> None:
-    fields: dict[str, Any] = {
-        "request_id": known.request_id,
-        "method": scope["method"],
-        "path": scope["path"],
-        "status": known.status,
-        "ms": round(seconds * 1000, 1),
-        "outcome": known.outcome,
-    }
-    if known.model:
-        fields["model"] = known.model
-    if known.agents:
-        fields["agents"] = known.agents
+    fields = {"request_id": known.request_id, "method": scope["method"], "path": scope["path"]}
+    fields |= {"status": known.status, "ms": round(seconds * 1000, 1), "outcome": known.outcome}
+    fields |= {key: getattr(known, key) for key in ("model", "agents") if getattr(known, key)}
     logger.info("request", extra={"fields": fields})
 
 
@@ -146,15 +131,11 @@ class JsonFormatter(logging.Formatter):
     """One line for a machine: a JSON object."""
 
     def format(self, record: logging.LogRecord) -> str:
-        line = {
-            "time": round(record.created, 3),
-            "level": record.levelname.lower(),
-            "event": record.getMessage(),
-            **fields_of(record),
-        }
+        line = {"time": round(record.created, 3), "level": record.levelname.lower()}
+        line |= {"event": record.getMessage(), **fields_of(record)}
         if record.exc_info:
             line["exception"] = self.formatException(record.exc_info)
-        return json.dumps(line)
+        return json.dumps(line, default=str)
 
 
 def fields_of(record: logging.LogRecord) -> dict[str, Any]:
@@ -167,11 +148,10 @@ def quoted(value: object) -> str:
     return text if PLAIN.fullmatch(text) else json.dumps(text)
 
 
-class NotBrokenAnswer(logging.Filter):
+def not_ours(record: logging.LogRecord) -> bool:
     """Drop uvicorn's traceback for the connections that we break on purpose."""
-
-    def filter(self, record: logging.LogRecord) -> bool:
-        return not (record.exc_info and isinstance(record.exc_info[1], BrokenAnswer))
+    ours = (BrokenAnswer, CancelledError)
+    return not (record.exc_info and isinstance(record.exc_info[1], ours))
 
 
 def configure(level: str, style: str) -> None:
@@ -179,7 +159,7 @@ def configure(level: str, style: str) -> None:
     person = style == "text" or (style == "auto" and sys.stderr.isatty())
     handler = logging.StreamHandler()
     handler.setFormatter(TextFormatter() if person else JsonFormatter())
-    handler.addFilter(NotBrokenAnswer())
+    handler.addFilter(not_ours)
     logging.basicConfig(level=level.upper(), handlers=[handler], force=True)
     for name in ("uvicorn", "httpx", "httpcore", "asyncio"):
         logging.getLogger(name).setLevel(max(logging.WARNING, logging.getLevelName(level.upper())))

@@ -6,6 +6,7 @@ Every metric stands in `HELP`; slices and agents add to them through the methods
 
 from __future__ import annotations
 
+import json
 import re
 from collections import defaultdict
 from collections.abc import Iterator
@@ -74,13 +75,13 @@ class Metrics:
             "failures": int(self._numbers["osp_agent_failures_total"].get((agent,), 0)),
         }
 
-    def text(self) -> str:
-        """Return everything in the text format of Prometheus, version 0.0.4."""
-        return "".join(f"{line}\n" for line in self._lines())
-
     def _observe(self, name: str, label: str, seconds: float) -> None:
         self._numbers[f"{name}_sum"][(label,)] += seconds
         self._numbers[f"{name}_count"][(label,)] += 1
+
+    def text(self) -> str:
+        """Return everything in the text format of Prometheus, version 0.0.4."""
+        return "".join(f"{line}\n" for line in self._lines())
 
     def _lines(self) -> Iterator[str]:
         for name, (kind, text, labels) in HELP.items():
@@ -88,15 +89,12 @@ class Metrics:
             yield f"# TYPE {name} {kind}"
             for line in lines_of(name):
                 for values, number in self._numbers[line].items():
-                    pairs = zip(labels, map(escaped, values), strict=True)
-                    inside = ",".join(f'{label}="{value}"' for label, value in pairs)
-                    yield f"{line}{{{inside}}} {number:.12g}"
+                    # Of what JSON escapes, no label here has more than Prometheus escapes alike.
+                    said = [json.dumps(value, ensure_ascii=False) for value in values]
+                    pairs = ",".join(map("=".join, zip(labels, said, strict=True)))
+                    yield f"{line}{{{pairs}}} {number:.12g}"
 
 
 def lines_of(name: str) -> list[str]:
     """Return the names under which a metric is counted: a summary is a sum and a count."""
     return [f"{name}_sum", f"{name}_count"] if HELP[name][0] == "summary" else [name]
-
-
-def escaped(value: str) -> str:
-    return value.replace("\\", "\\\\").replace('"', '\\"').replace("\n", "\\n")

@@ -176,8 +176,8 @@ def scan(config: PluginsConfig, agents: Settings, environ: Mapping[str, str]) ->
             plugin.error = exc
         if not config.only or plugin.name in config.only:
             # The second of a command is listed under a name that nobody can type.
-            key = plugin.name if plugin.name not in plugins else f"{plugin.name} ({folder})"
-            plugins[key] = plugin
+            taken = plugin.name in plugins or plugin.name in RESERVED
+            plugins[f"{plugin.name} ({folder})" if taken else plugin.name] = plugin
     if unused:
         dirs = ", ".join(map(str, config.dirs))
         raise ConfigError(f"[agents.{min(unused)}]: there is no such plugin in {dirs}")

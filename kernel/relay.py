@@ -13,7 +13,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Sequence
 from contextlib import aclosing
-from types import TracebackType
+from dataclasses import dataclass
 from typing import Self
 
 from starlette.types import Receive, Scope, Send
@@ -30,11 +30,11 @@ HOP_BY_HOP = frozenset(
 )
 
 
+@dataclass(frozen=True, slots=True)
 class Forward:
     """An ASGI endpoint that forwards unread whatever it is sent."""
 
-    def __init__(self, client: OllamaClient) -> None:
-        self.client = client
+    client: OllamaClient
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
@@ -53,15 +53,14 @@ async def forward(
     target, headers = target_of(scope), request_headers(scope, client)
     body = upload if upload.expected else None
     with Watch(receive, after=upload):
-        answer = await client.forward(scope["method"], target, headers, body)
-        async with aclosing(answer):
+        async with aclosing(await client.forward(scope["method"], target, headers, body)) as answer:
             await relay(answer, send)
     await send_end(send)
 
 
-async def relay(answer: Answer, send: Send, extra: Headers | None = None) -> None:
+async def relay(answer: Answer, send: Send, extra: Sequence[tuple[bytes, bytes]] = ()) -> None:
     """Send an answer on as its bytes come, all but its end. Raises BrokenAnswer."""
-    await start(send, answer.status, [*response_headers(answer), *(extra or [])])
+    await start(send, answer.status, [*response_headers(answer), *extra])
     try:
         async for chunk in answer:
             if chunk:
@@ -102,12 +101,11 @@ class Upload:
 
     async def _next(self) -> bytes:
         message = await self._receive()
-        body: bytes = message.get("body", b"")
         if message["type"] == "http.disconnect":
             raise ClientDisconnected
         if not message.get("more_body", False):
             self.done.set()
-        return body
+        return bytes(message.get("body", b""))
 
 
 class Watch:
@@ -138,30 +136,23 @@ class Watch:
         while (await self._receive())["type"] != "http.disconnect":
             pass
         self._left = True
-        assert self._block is not None
+        assert self._block
         self._block.cancel()
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        exc: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, kind: object, exc: BaseException | None, traceback: object) -> None:
         # Nothing is awaited here, so a cancel of ours has always arrived inside the block.
         self._timer.cancel()
         if self._watcher:
             self._watcher.cancel()
-        if self._left and isinstance(exc, asyncio.CancelledError):
-            assert self._block is not None
+        if self._left and self._block and isinstance(exc, asyncio.CancelledError):
             if self._block.uncancel() == 0:  # and nobody else cancelled it, too
                 raise ClientDisconnected from exc
 
 
 def target_of(scope: Scope) -> bytes:
     """Return path and query as the client wrote them."""
-    query = scope["query_string"]
-    path: bytes = scope["raw_path"]
-    return path + b"?" + query if query else path
+    path, query = scope["raw_path"], scope["query_string"]
+    return bytes(path + b"?" + query if query else path)
 
 
 def request_headers(scope: Scope, client: OllamaClient) -> Headers:
@@ -170,7 +161,7 @@ def request_headers(scope: Scope, client: OllamaClient) -> Headers:
     `Expect` was answered here. A page of our own origin is one of Ollama's own origin to Ollama.
     """
     headers: Headers = scope["headers"]
-    dropped = named_hop_by_hop(headers) | {b"host", b"expect"}
+    dropped = ends_here(headers) | {b"host", b"expect"}
     host = next((value for name, value in headers if name == b"host"), b"")
     ours = {b"http://" + host, b"https://" + host}
     theirs = f"{client.upstream.scheme}://{client.upstream.authority}".encode()
@@ -183,14 +174,14 @@ def request_headers(scope: Scope, client: OllamaClient) -> Headers:
 
 def response_headers(answer: Answer) -> Headers:
     """Return the headers that go to the client: Ollama's own, less the hop-by-hop ones."""
-    dropped = named_hop_by_hop(answer.headers)
+    dropped = ends_here(answer.headers)
     if answer.status in (204, 304):
         dropped |= {b"content-length"}  # uvicorn would wait for a body
     return [pair for pair in answer.headers if pair[0].lower() not in dropped]
 
 
-def named_hop_by_hop(headers: Headers) -> frozenset[bytes]:
-    """Return the names that end here: the known ones and those that `Connection` lists."""
+def ends_here(headers: Headers) -> frozenset[bytes]:
+    """Return the names of hop-by-hop headers: the known ones and those that `Connection` lists."""
     listed = [value for name, value in headers if name.lower() == b"connection"]
     return HOP_BY_HOP.union(*(value.lower().replace(b" ", b"").split(b",") for value in listed))
 
@@ -218,5 +209,7 @@ async def refuse(
     scope: Scope, send: Send, exc: OSPError, extra: Sequence[tuple[bytes, bytes]] = ()
 ) -> None:
     """Send an error in the dialect of the path."""
+    if isinstance(exc, UpstreamError):
+        facts(scope).outcome = "upstream_failed"
     content_type, body = dialects.error(scope["path"], exc.status, str(exc))
     await respond(scope, send, exc.status, [(b"content-type", content_type), *extra], body)

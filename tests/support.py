@@ -49,8 +49,8 @@ async def running(
     config = build(Config, sections, "test", plugins)
     server = replace(config.server, data=data or plugins.parent / "data")
     dirs = replace(config.plugins, dirs=(plugins,))
-    url = UpstreamConfig(url=upstream)
-    app = osp.create_app(replace(config, server=server, plugins=dirs, upstream=url))
+    ollama = UpstreamConfig(url=upstream)
+    app = osp.create_app(replace(config, server=server, plugins=dirs, upstream=ollama))
     async with (
         demo.serve(app, **osp.SERVER) as url,
         httpx.AsyncClient(base_url=url, timeout=10) as client,

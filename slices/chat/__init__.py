@@ -11,10 +11,12 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator
 from contextlib import aclosing
+from dataclasses import dataclass
 
 from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
 
+from kernel import relay
 from kernel.client import Answer, Headers, OllamaClient
 from kernel.config import ChainConfig, CommandsConfig
 from kernel.dialects import JSON, OLLAMA, OPENAI, Dialect, FrameSplitter, dumps, error_object
@@ -22,20 +24,8 @@ from kernel.errors import Aborted, BadRequest, BrokenAnswer, UpstreamError
 from kernel.log import facts
 from kernel.metrics import Metrics
 from kernel.registry import PluginRegistry
-from kernel.relay import (
-    Upload,
-    Watch,
-    forward,
-    refuse,
-    relay,
-    request_headers,
-    response_headers,
-    send_chunk,
-    send_end,
-    start,
-    target_of,
-)
 from slices.chat.chain import notice, response_order, run_requests, summary
+from slices.chat.commands import Grammar
 from slices.chat.editor import Editor, Stage
 from slices.chat.turn import AGENTS, Turn, TurnReader, is_bare
 
@@ -52,45 +42,40 @@ def routes(
     max_body: int,
 ) -> list[Route]:
     """`max_body`: bytes up to which a chat is parsed; a larger one is forwarded as it is."""
+    known = registry.plugins.__contains__
+    grammars = Grammar(commands.prefix, known), Grammar("/", known)
     routes = []
     for path, dialect in (("/api/chat", OLLAMA), ("/v1/chat/completions", OPENAI)):
-        reader = TurnReader(client, registry, metrics, chain, commands, dialect)
-        routes.append(Route(path, Chat(client, reader, metrics, chain, max_body), name=path))
+        reader = TurnReader(client, registry, metrics, dialect, *grammars, chain.timeout)
+        chat = Chat(client, reader, dialect, chain.notice, max_body)
+        routes.append(Route(path, chat, name=path))
     return routes
 
 
+@dataclass(frozen=True, slots=True)
 class Chat:
     """The endpoint of one dialect."""
 
-    def __init__(
-        self,
-        client: OllamaClient,
-        reader: TurnReader,
-        metrics: Metrics,
-        chain: ChainConfig,
-        max_body: int,
-    ) -> None:
-        self.client = client
-        self.reader = reader
-        self.dialect = reader.dialect
-        self.metrics = metrics
-        self.chain = chain
-        self.max_body = max_body
+    client: OllamaClient
+    reader: TurnReader
+    dialect: Dialect
+    notice: bool
+    max_body: int
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        upload = Upload(scope, receive)
+        upload = relay.Upload(scope, receive)
         turn: Turn | None = None
         try:
             if scope["method"] == "POST" and not facts(scope).foreign:
                 body = await upload.read(self.max_body)
                 turn = self.reader.read(body, scope) if body is not None else None
             if turn is None:
-                return await forward(self.client, scope, upload, receive, send)
-            with Watch(receive, after=upload):
+                return await relay.forward(self.client, scope, upload, receive, send)
+            with relay.Watch(receive, after=upload):
                 await self.answer(turn, scope, send)
-            await send_end(send)
+            await relay.send_end(send)
         except (BadRequest, Aborted, UpstreamError) as exc:
-            await refuse(scope, send, exc, marks(turn, failed=exc.status >= 500))
+            await relay.refuse(scope, send, exc, marks(turn, failed=exc.status >= 500))
         finally:
             if turn:
                 facts(scope).agents = summary(turn.runs)
@@ -98,17 +83,15 @@ class Chat:
     async def answer(self, turn: Turn, scope: Scope, send: Send) -> None:
         """Run the request hooks, get an answer, and send all of it but its end."""
         if turn.reply is None and turn.runs:
-            for run in turn.runs:
-                self.metrics.activated(run.plugin.name)
             turn.payload, turn.reply = await run_requests(turn.runs, turn.payload)
             if turn.reply is None and turn.commands and is_bare(turn.payload):
                 turn.reply = self.reader.help(turn.commands[0].name)
         if turn.reply is not None:
             return await self.send_reply(turn, turn.reply, scope, send)
         body = dumps(turn.payload)
-        headers = [p for p in request_headers(scope, self.client) if p[0] not in REPLACED]
+        headers = [p for p in relay.request_headers(scope, self.client) if p[0] not in REPLACED]
         headers += [(b"content-length", b"%d" % len(body)), (b"accept-encoding", b"identity")]
-        answer = await self.client.forward("POST", target_of(scope), headers, body)
+        answer = await self.client.forward("POST", relay.target_of(scope), headers, body)
         async with aclosing(answer):
             await self.send_answer(turn, answer, scope, send)
 
@@ -120,12 +103,12 @@ class Chat:
         editable = answer.status == 200 and (streams or kind.startswith(JSON))
         editable = editable and not answer.header(b"content-encoding")
         if editor is None or not editable:
-            return await relay(answer, send, marks(turn))
-        headers = [p for p in response_headers(answer) if p[0].lower() != b"content-length"]
+            return await relay.relay(answer, send, marks(turn))
+        headers = [p for p in relay.response_headers(answer) if p[0].lower() != b"content-length"]
         if not streams:
             body = b"".join([chunk async for chunk in answer])
             return await send_whole(turn, headers, await editor.edit_whole(body), send)
-        await start(send, answer.status, [*headers, *marks(turn)])
+        await relay.start(send, answer.status, [*headers, *marks(turn)])
         try:
             await self.send_frames(frames_of(answer, self.dialect), editor, scope, send)
         except UpstreamError as exc:
@@ -136,12 +119,12 @@ class Chat:
         if not turn.takes_replies(self.dialect):
             raise BadRequest(text)
         kind, frames = self.dialect.answer(turn.payload, text)
-        headers = [(b"content-type", kind)]
+        headers = [(b"content-type", kind), *facts(scope).cors]
         streams = kind == self.dialect.stream_type
         editor = self.editor(turn, whole=not streams) or Editor(self.dialect, [], [])
         if not streams:
             return await send_whole(turn, headers, await editor.edit_whole(frames[0]), send)
-        await start(send, 200, [*headers, *marks(turn)])
+        await relay.start(send, 200, [*headers, *marks(turn)])
         await self.send_frames(iterate(frames), editor, scope, send)
 
     async def send_frames(
@@ -151,13 +134,13 @@ class Chat:
         try:
             async for frame in frames:
                 for edited in await editor.edit(frame):
-                    await send_chunk(send, edited)
+                    await relay.send_chunk(send, edited)
             for edited in await editor.end():
-                await send_chunk(send, edited)
+                await relay.send_chunk(send, edited)
         except Aborted as exc:
             # The status is long gone: an error frame, and then the end.
             error = error_object(scope["path"], exc.status, str(exc))
-            await send_chunk(send, self.dialect.encode(error))
+            await relay.send_chunk(send, self.dialect.encode(error))
 
     def editor(self, turn: Turn, *, whole: bool) -> Editor | None:
         """Return what edits the answer, or None where it must or may stay as it is."""
@@ -166,7 +149,7 @@ class Chat:
         order = response_order(turn.runs)
         if self.dialect.is_structured(turn.payload):
             order = [run for run in order if run.plugin.config.structured]
-        noticed = turn.runs if self.chain.notice and turn.takes_replies(self.dialect) else []
+        noticed = turn.runs if self.notice and turn.takes_replies(self.dialect) else []
         if not order and not notice(noticed):
             return None
         return Editor(self.dialect, [Stage(run, whole=whole) for run in order], noticed)
@@ -181,8 +164,8 @@ def marks(turn: Turn | None, *, failed: bool = False) -> Headers:
 
 
 async def send_whole(turn: Turn, headers: Headers, body: bytes, send: Send) -> None:
-    await start(send, 200, [*headers, (b"content-length", b"%d" % len(body)), *marks(turn)])
-    await send_chunk(send, body)
+    await relay.start(send, 200, [*headers, (b"content-length", b"%d" % len(body)), *marks(turn)])
+    await relay.send_chunk(send, body)
 
 
 async def frames_of(answer: Answer, dialect: Dialect) -> AsyncIterator[bytes]:

@@ -14,6 +14,7 @@ import logging
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from kernel.agent import Abort, BaseAgent, Clock, Payload, Reply
@@ -80,15 +81,14 @@ class Run:
 
 
 async def run_requests(runs: Sequence[Run], payload: Payload) -> tuple[Payload, str | None]:
-    """Return the payload as the request hooks changed it, and the text of a Reply.
-
-    Raises Aborted.
-    """
+    """Return the payload as the hooks changed it, and the text of a Reply. Raises Aborted."""
+    for run in runs:
+        run.metrics.activated(run.plugin.name)
     body = dumps(payload)
     asking = [run for run in runs if run.has("on_request")]
     for run in asking:
         try:
-            body = await run.call("on_request", json.loads(body), accept=encoder(payload))
+            body = await run.call("on_request", json.loads(body), accept=partial(encoded, payload))
         except Reply as reply:
             for other in asking[asking.index(run) :]:
                 other.due = False
@@ -98,36 +98,33 @@ async def run_requests(runs: Sequence[Run], payload: Payload) -> tuple[Payload, 
     return json.loads(body), None
 
 
-def encoder(original: Payload) -> Callable[[Any], bytes]:
-    """Return what takes an agent's payload: `stream` stays what the client wanted."""
-
-    def encoded(result: Any) -> bytes:
-        if not isinstance(result, dict):
-            kind = type(result).__name__
-            raise PluginExecutionError(f"returned {kind}: on_request must return the payload")
-        messages = result.get("messages")
-        if not isinstance(messages, list) or not messages:
-            raise PluginExecutionError("returned a payload without a list of messages")
-        if not all(isinstance(message, dict) for message in messages):
-            raise PluginExecutionError("returned a message that is not a dict")
-        if "stream" in original:
-            result["stream"] = original["stream"]
-        else:
-            result.pop("stream", None)
-        try:
-            return dumps(result)
-        except (TypeError, ValueError, RecursionError) as exc:
-            raise PluginExecutionError(f"returned what is no JSON: {exc}") from exc
-
-    return encoded
+def encoded(original: Payload, result: Any) -> bytes:
+    """Return an agent's payload as bytes; `stream` stays what the client wanted."""
+    if not isinstance(result, dict):
+        kind = type(result).__name__
+        raise PluginExecutionError(f"returned {kind}: on_request must return the payload")
+    messages = result.get("messages")
+    if not isinstance(messages, list) or not messages:
+        raise PluginExecutionError("returned a payload without a list of messages")
+    if not all(isinstance(message, dict) for message in messages):
+        raise PluginExecutionError("returned a message that is not a dict")
+    if "stream" in original:
+        result["stream"] = original["stream"]
+    else:
+        result.pop("stream", None)
+    try:
+        return dumps(result)
+    except (TypeError, ValueError, RecursionError) as exc:
+        raise PluginExecutionError(f"returned what is no JSON: {exc}") from exc
 
 
 def response_order(runs: Sequence[Run]) -> list[Run]:
     """Return the runs whose response hooks are due, in the order in which text goes through."""
     due = [run for run in runs if run.due and run.has("on_response", "on_chunk", "on_end")]
     wraps = [run for run in reversed(due) if run.has("on_request")]
-    pipe = [run for run in due if run.asked and not run.has("on_request")]
-    last = [run for run in due if not run.asked and not run.has("on_request")]
+    rest = [run for run in due if not run.has("on_request")]
+    pipe = [run for run in rest if not run.plugin.config.always]
+    last = [run for run in rest if run.plugin.config.always]
     return [*pipe, *wraps, *last]
 
 

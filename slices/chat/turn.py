@@ -19,7 +19,6 @@ from starlette.types import Scope
 
 from kernel.agent import Context, Payload, is_user, last_user, set_text, text_of
 from kernel.client import OllamaClient
-from kernel.config import ChainConfig, CommandsConfig
 from kernel.dialects import OPENAI, Dialect
 from kernel.errors import BadRequest
 from kernel.log import facts
@@ -49,28 +48,17 @@ class Turn:
         return not (dialect.is_structured(self.payload) or self.payload.get("tools"))
 
 
+@dataclass(frozen=True, slots=True)
 class TurnReader:
     """Reads the turns of one dialect."""
 
-    def __init__(
-        self,
-        client: OllamaClient,
-        registry: PluginRegistry,
-        metrics: Metrics,
-        chain: ChainConfig,
-        commands: CommandsConfig,
-        dialect: Dialect,
-    ) -> None:
-        self.client = client
-        self.registry = registry
-        self.metrics = metrics
-        self.chain = chain
-        self.dialect = dialect
-        self.typed = Grammar(commands.prefix, self.known)
-        self.spelled = Grammar("/", self.known)  # in the header and the suffix, whatever is typed
-
-    def known(self, name: str) -> bool:
-        return name in self.registry.plugins
+    client: OllamaClient
+    registry: PluginRegistry
+    metrics: Metrics
+    dialect: Dialect
+    typed: Grammar
+    spelled: Grammar  # of the header and the suffix, whatever is typed
+    timeout: float  # of a hook whose plugin says nothing else
 
     def read(self, body: bytes, scope: Scope) -> Turn | None:
         """Return what is asked for, or None for a request that is forwarded as it is.
@@ -154,7 +142,7 @@ class TurnReader:
                 self.client,
             )
             agent = plugin.instance(context, arguments)
-            limit = plugin.config.timeout or self.chain.timeout
+            limit = plugin.config.timeout or self.timeout
             turn.runs.append(Run(plugin, agent, command is not None, limit, self.metrics))
 
     def arguments(self, plugin: Plugin, command: Command | None) -> dict[str, Any]:

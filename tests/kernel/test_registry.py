@@ -179,6 +179,15 @@ async def test_two_registries_do_not_share_their_modules(plugins: Path) -> None:
     assert kinds[0] is not kinds[1]
 
 
+async def test_a_folder_cannot_take_a_command_of_the_proxy(plugins: Path) -> None:
+    folder = write_agent(plugins, "help", OK)
+
+    async with loaded(plugins) as registry:
+        (listed,) = registry.plugins
+
+    assert listed == f"help ({folder})"
+
+
 async def test_the_first_folder_with_a_command_wins(tmp_path: Path) -> None:
     write_agent(tmp_path / "one", "ok", OK)
     second = write_agent(tmp_path / "two", "ok", OK)

@@ -69,6 +69,7 @@ def write(folder: Path, code: str, *names: str, **config: Any) -> None:
         ("/mask /one x", "x <on1 <on2 <mask", "one> mask> on2> on1> last>"),
         ("/mask /veil x", "x <on1 <on2 <mask <veil", "veil> mask> on2> on1> last>"),
         ("/on2 x", "x <on1 <on2", "on2> on1> last>"),
+        ("/last /one x", "x <on1 <on2", "one> on2> on1> last>"),
     ],
 )
 async def test_agents_pipe_wrap_and_the_always_on_have_the_last_word(

@@ -1,0 +1,244 @@
+"""The log: one line for each request, that says much and gives nothing away."""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote
+
+import anyio
+import httpx
+import pytest
+
+from kernel.log import JsonFormatter, TextFormatter
+from tests.support import FakeOllama, done, line, running, turn, write_agent
+
+ECHO = """
+class Echo(BaseAgent):
+    async def on_request(self, payload):
+        self.context.log.info("asked")
+        return payload
+
+    async def on_response(self, response):
+        return response
+"""
+
+
+def requests(caplog: pytest.LogCaptureFixture) -> list[dict[str, Any]]:
+    """Return the fields of the lines that requests left; complete once the proxy has ended."""
+    records = [record for record in caplog.records if record.getMessage() == "request"]
+    return [vars(record)["fields"] for record in records]
+
+
+def formatted(caplog: pytest.LogCaptureFixture) -> str:
+    formatters = (TextFormatter(), JsonFormatter())
+    return "\n".join(f.format(record) for f in formatters for record in caplog.records)
+
+
+@pytest.fixture(autouse=True)
+def everything(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.DEBUG)
+
+
+async def test_each_request_leaves_one_line(
+    demo_url: str, plugins: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    write_agent(plugins, "echo", ECHO)
+
+    async with running(demo_url, plugins) as client:
+        ids = [
+            (await client.post("/api/chat", json=turn("/echo x"))).headers["x-request-id"],
+            (await client.get("/api/tags")).headers["x-request-id"],
+            (await client.get("/nope?x=1")).headers["x-request-id"],
+        ]
+
+    chat, tags, nope = requests(caplog)
+    assert chat.pop("ms") > 0 and chat.pop("agents").startswith("echo;ok;")
+    assert chat == {
+        "request_id": ids[0],
+        "method": "POST",
+        "path": "/api/chat",
+        "status": 200,
+        "outcome": "ok",
+        "model": "demo",
+    }
+    assert list(tags) == ["request_id", "method", "path", "status", "ms", "outcome"]
+    assert (nope["path"], nope["status"], nope["request_id"]) == ("/nope", 404, ids[2])
+    assert len(set(ids)) == 3
+
+
+@pytest.mark.parametrize("path", ["/api/chat", "/v1/chat/completions"])
+@pytest.mark.parametrize("text", ["{}", "/echo {}", "/echo:{} x"])
+async def test_neither_prompt_nor_answer_nor_key_nor_query_is_logged(
+    ollama: FakeOllama,
+    ollama_url: str,
+    plugins: Path,
+    caplog: pytest.LogCaptureFixture,
+    path: str,
+    text: str,
+) -> None:
+    write_agent(plugins, "echo", ECHO)
+    ollama.answers(line("sesame"), done("sesame"), headers=[("x-theirs", "sesame")])
+    target = f"{path}?key=sesame"
+
+    async with running(ollama_url, plugins, access={"keys": ["sesame", "other"]}) as client:
+        for key in ("sesame", "no sesame"):
+            headers = {"Authorization": f"Bearer {key}", "Cookie": "sesame"}
+            await client.post(target, json=turn(text.format("sesame")), headers=headers)
+
+    ours = [r for r in caplog.records if not r.name.startswith(("httpcore", "httpx"))]
+    caplog.records[:] = ours
+    assert len(requests(caplog)) == 2
+    assert "sesame" not in formatted(caplog)
+
+
+@pytest.mark.parametrize("given", ["a", "A.b_c-9", "x" * 64])
+async def test_a_harmless_request_id_is_kept(demo_url: str, plugins: Path, given: str) -> None:
+    async with running(demo_url, plugins) as client:
+        answer = await client.get("/api/version", headers={"X-Request-Id": given})
+
+    assert answer.headers.get_list("x-request-id") == [given]
+
+
+@pytest.mark.parametrize("given", ["", "x" * 65, "a b", "a/b", 'a"b', "a;b", "a\tb", "ä", "a=b"])
+async def test_any_other_request_id_is_replaced(
+    demo_url: str, plugins: Path, caplog: pytest.LogCaptureFixture, given: str
+) -> None:
+    async with running(demo_url, plugins) as client:
+        answer = await client.get("/api/version", headers={b"X-Request-Id": given.encode()})
+
+    (made,) = answer.headers.get_list("x-request-id")
+    assert made != given and made == requests(caplog)[0]["request_id"]
+    assert made.replace("-", "").isalnum()
+
+
+async def test_our_own_answers_and_refusals_have_a_request_id(demo_url: str, plugins: Path) -> None:
+    async with running(demo_url, plugins, access={"deny": ["/api/pull"]}) as client:
+        for path, host in (
+            ("/health", "localhost"),
+            ("/api/pull", "localhost"),
+            ("/", "evil.example"),
+        ):
+            answer = await client.get(path, headers={"X-Request-Id": "mine", "Host": host})
+            assert answer.headers["x-request-id"] == "mine"
+
+
+async def test_what_a_client_sends_cannot_forge_a_line(
+    demo_url: str, plugins: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    forged = "\n00:00:00 request status=200 \x1b[2J\u2028\u0085"
+
+    async with running(demo_url, plugins) as client:
+        await client.post(f"/a{quote(forged)}")
+        await client.post("/api/chat", json=turn("x") | {"model": f"m{forged}"})
+
+    assert requests(caplog)[0]["path"] == f"/a{forged}"
+    assert requests(caplog)[1]["model"] == f"m{forged}"
+    for formatter in (TextFormatter(), JsonFormatter()):
+        for record in caplog.records:
+            assert formatter.format(record).isprintable()
+
+
+async def test_a_client_that_leaves_is_an_outcome(
+    ollama: FakeOllama, ollama_url: str, plugins: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    ollama.answers(line("Hel"), ollama.pause)
+
+    async with running(ollama_url, plugins) as client:
+        async with client.stream("POST", "/api/chat", json=turn("x")) as answer:
+            await anext(answer.aiter_raw())
+        with anyio.fail_after(2):
+            await ollama.disconnected.wait()
+
+    (fields,) = requests(caplog)
+    assert (fields["status"], fields["outcome"]) == (200, "client_closed")
+
+
+async def test_a_client_that_leaves_before_the_answer_has_no_status(
+    ollama: FakeOllama, ollama_url: str, plugins: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    ollama.answers(before=ollama.pause)
+
+    async with running(ollama_url, plugins) as client:
+        with anyio.move_on_after(5) as scope:
+            async with anyio.create_task_group() as group:
+                group.start_soon(client.get, "/api/tags")
+                await ollama.arrived.wait()
+                group.cancel_scope.cancel()
+            await ollama.disconnected.wait()
+
+    assert not scope.cancelled_caught
+    (fields,) = requests(caplog)
+    assert (fields["status"], fields["outcome"]) == (0, "client_closed")
+
+
+async def test_an_upstream_that_breaks_off_is_an_outcome(
+    ollama: FakeOllama, ollama_url: str, plugins: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    ollama.answers(line("Hel"), ollama.breaks)
+
+    async with running(ollama_url, plugins) as client:
+        with pytest.raises(httpx.RemoteProtocolError):
+            await client.post("/api/chat", json=turn("x"))
+
+    (fields,) = requests(caplog)
+    assert (fields["status"], fields["outcome"]) == (200, "upstream_broke")
+
+
+def record(message: str, level: int = logging.INFO, **fields: Any) -> logging.LogRecord:
+    parts = {"msg": message, "levelno": level, "levelname": logging.getLevelName(level)}
+    return logging.makeLogRecord({**parts, "created": 1.5, "fields": fields})
+
+
+@pytest.mark.parametrize(
+    ("value", "shown"),
+    [
+        ("abc", "abc"),
+        (200, "200"),
+        (1.5, "1.5"),
+        ("http://[::1]:80/a", '"http://[::1]:80/a"'),
+        ("rag;ok;1ms", "rag;ok;1ms"),
+        ("two words", '"two words"'),
+        ("", '""'),
+        ('a"b\\c', '"a\\"b\\\\c"'),
+        ("a=b", '"a=b"'),
+        ("a\nb\x1b\u2028é", '"a\\nb\\u001b\\u2028\\u00e9"'),
+    ],
+)
+def test_for_a_person_a_value_is_one_word(value: object, shown: str) -> None:
+    text = TextFormatter().format(record("event", a=value, b=1))
+
+    assert text[8:] == f" event a={shown} b=1"
+
+
+def test_for_a_person_the_level_is_named_where_it_matters() -> None:
+    assert TextFormatter().format(record("event", logging.WARNING))[8:] == " warning: event"
+
+
+def test_for_a_machine_a_line_is_a_json_object() -> None:
+    text = JsonFormatter().format(record("event", logging.ERROR, a="\n", b=2, c=Path("x")))
+
+    fields = {"time": 1.5, "level": "error", "event": "event", "a": "\n", "b": 2, "c": "x"}
+    assert "\n" not in text and json.loads(text) == fields
+
+
+def test_a_traceback_is_shown_to_both() -> None:
+    failed = record("event")
+    try:
+        raise ValueError("why")
+    except ValueError:
+        failed.exc_info = sys.exc_info()
+
+    assert TextFormatter().format(failed).endswith("\nValueError: why")
+    assert json.loads(JsonFormatter().format(failed))["exception"].endswith("\nValueError: why")
+    assert "\n" not in JsonFormatter().format(failed)
+
+
+def test_records_of_others_have_no_fields_and_are_shown_too() -> None:
+    other = logging.makeLogRecord({"msg": "hello %s", "args": ("you",), "levelname": "INFO"})
+
+    assert TextFormatter().format(other).endswith(" hello you")
+    assert json.loads(JsonFormatter().format(other))["event"] == "hello you"
