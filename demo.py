@@ -91,8 +91,9 @@ async def serve(
     Port 0 is any free one; `options` are uvicorn's. Raises OSError where the port is taken,
     RuntimeError where the app fails to start. On the way out, answers under way have one second.
     """
-    ours: dict[str, Any] = {"log_config": None, "log_level": "warning", "access_log": False, "ws": "none"}
-    ours |= {"server_header": False, "proxy_headers": False, "timeout_graceful_shutdown": 1}
+    ours: dict[str, Any] = {"log_config": None, "log_level": "warning", "access_log": False}
+    ours |= {"server_header": False, "proxy_headers": False, "ws": "none"}
+    ours |= {"timeout_keep_alive": 75, "timeout_graceful_shutdown": 1}
     config = uvicorn.Config(app, **{**ours, **options})
     with socket.create_server((host, port)) as listener:
         async with _running(uvicorn.Server(config), listener):

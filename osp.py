@@ -188,6 +188,8 @@ def parse_flags(arguments: list[str] | None) -> argparse.Namespace:
 
 def read_config(flags: argparse.Namespace, environ: Mapping[str, str]) -> Config:
     """Return the settings of file, environment and flags. Raises ConfigError."""
+    if flags.demo is not None and not 0 <= flags.demo < 1e6:
+        raise ConfigError(f"--demo: {flags.demo} is no time between two words, in seconds")
     beside = HOME / "osp.toml"
     file = flags.config or (beside if beside.exists() else None)
     given = {
@@ -209,8 +211,10 @@ def main(arguments: list[str] | None = None) -> int:
             if flags.demo is None:
                 check_loop(listener, parse_upstream(config.upstream.url))
             loop_factory = uvicorn.Config(create_app, log_config=None).get_loop_factory()
-            with asyncio.Runner(loop_factory=loop_factory) as runner:
-                runner.run(serve(config, environ, listener, flags.demo))
+            # Not closed: what an agent left running and swallows its cancellation would hold it.
+            asyncio.Runner(loop_factory=loop_factory).run(
+                serve(config, environ, listener, flags.demo)
+            )
     except ConfigError as exc:
         sys.stderr.write(f"osp.py: {exc}\n")
         return 2
@@ -218,4 +222,6 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    status = main()
+    logging.shutdown()
+    os._exit(status)  # sys.exit would wait for the threads that agents left behind

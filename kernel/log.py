@@ -123,7 +123,8 @@ class TextFormatter(logging.Formatter):
     def format(self, record: logging.LogRecord) -> str:
         level = "" if record.levelno == logging.INFO else f"{record.levelname.lower()}: "
         fields = "".join(f" {key}={quoted(value)}" for key, value in fields_of(record).items())
-        line = f"{self.formatTime(record, '%H:%M:%S')} {level}{record.getMessage()}{fields}"
+        event = record.getMessage().replace("\n", "\\n")
+        line = f"{self.formatTime(record, '%H:%M:%S')} {level}{event}{fields}"
         return f"{line}\n{self.formatException(record.exc_info)}" if record.exc_info else line
 
 

@@ -21,11 +21,11 @@ HELP = {  # name: (type, what it says, labels)
     "osp_agent_seconds": ("summary", "Time spent in an agent's hooks", ("agent",)),
 }
 
-# Ollama's own counters, as its two dialects write them at the end of an answer. A quote inside of
-# the text of an answer is escaped, so that no text can look like them.
+# Ollama's own counters, as both dialects write them at the end of an answer: the last ones count.
+# A quote inside of the text of an answer is escaped, so that no text can look like them.
 TOKENS = {
-    "prompt": re.compile(rb'"(?:prompt_eval_count|prompt_tokens)":(\d{1,15})'),
-    "answer": re.compile(rb'"(?:eval_count|completion_tokens)":(\d{1,15})'),
+    "prompt": re.compile(rb'(?s:.*)"(?:prompt_eval_count|prompt_tokens)":(\d{1,15})'),
+    "answer": re.compile(rb'(?s:.*)"(?:eval_count|completion_tokens)":(\d{1,15})'),
 }
 MODEL = re.compile(rb'"model":"([^"\\]{1,200})"')
 MODELS = 50  # a name is free text: without a limit every typo were a time series
@@ -48,8 +48,8 @@ class Metrics:
 
     def tokens(self, head: bytes, tail: bytes) -> None:
         """Count what Ollama says of an answer that begins with `head` and ends with `tail`."""
-        counts = {kind: pattern.search(tail) for kind, pattern in TOKENS.items()}
-        model = MODEL.search(head)
+        counts = {kind: pattern.match(tail) for kind, pattern in TOKENS.items()}
+        model = MODEL.search(head) or MODEL.search(tail)  # behind the vectors of an embedding
         if not model or not any(counts.values()):
             return
         name = model[1].decode(errors="replace")

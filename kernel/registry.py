@@ -34,6 +34,7 @@ logger = logging.getLogger(__name__)
 
 HOOKS = ("on_request", "on_response", "on_chunk", "on_end")
 RESERVED = ("help", "explain")  # commands that the proxy answers itself
+TEARDOWN = 5.0  # seconds: somebody waits for the end
 NAME = re.compile(r"[a-z0-9][a-z0-9_-]*")
 
 
@@ -105,14 +106,7 @@ class PluginRegistry:
         return self
 
     async def __aexit__(self, *exc_info: object) -> None:
-        for plugin in self.plugins.values():
-            try:
-                if plugin.agent:
-                    clock = Clock(self._config.setup_timeout)
-                    await plugin.runner.run(plugin.agent.teardown, clock=clock)
-            except Exception as exc:  # the last word of foreign code; nothing depends on it
-                complain("agent failed to tear down", plugin, load_error(exc, plugin.folder))
-            self._forget(plugin)
+        await asyncio.gather(*(self._teardown(plugin) for plugin in self.plugins.values()))
         sys.meta_path.remove(self._finder)
 
     async def _load(self, plugin: Plugin) -> None:
@@ -150,8 +144,16 @@ class PluginRegistry:
             raise PluginLoadError(f"its instances cannot be copied for a request: {exc}") from exc
         return agent
 
+    async def _teardown(self, plugin: Plugin) -> None:
+        try:
+            if plugin.agent:
+                await plugin.runner.run(plugin.agent.teardown, clock=Clock(TEARDOWN))
+        except Exception as exc:  # the last word of foreign code; nothing depends on it
+            complain("agent failed to tear down", plugin, load_error(exc, plugin.folder))
+        self._forget(plugin)
+
     def _module(self, plugin: Plugin) -> str:
-        return self._finder.prefix + plugin.folder.name
+        return f"{self._finder.prefix}{id(plugin):x}_{plugin.folder.name}"
 
     def _forget(self, plugin: Plugin) -> None:
         name = self._module(plugin)

@@ -123,7 +123,10 @@ def test_a_relative_path_is_seen_from_the_file_that_says_it(tmp_path: Path) -> N
         ("[chain]\ntimeout = '1'", "osp.toml: chain: timeout: '1' is wrong here, it must be a nu"),
         ("[chain]\nnotice = 1", "osp.toml: chain: notice: 1 is wrong here, it must be true or fa"),
         ("[log]\nlevel = 'INFO'", "osp.toml: log: level: 'INFO' is wrong here, it must be one of"),
-        ("[plugins]\ndirs = [1]", "osp.toml: plugins: dirs: 1 is wrong here, it must be a path"),
+        (
+            "[plugins]\ndirs = [1]",
+            "osp.toml: plugins: dirs: this is wrong here, it must be a list of s",
+        ),
         ("[commands]\nprefix = 'ai'", "commands.prefix: letters, digits and spaces cannot begin"),
         ("[commands]\nprefix = '/ '", "commands.prefix: letters, digits and spaces cannot begin"),
         ("[upstream]\nurl = 'ftp://x'", "upstream.url: 'ftp://x' is no address like http://127"),

@@ -146,7 +146,7 @@ CALL = {"function": {"name": "f", "arguments": {"eval_count": 99, "prompt_eval_c
         [events(0, 0, 7), b"data: [DONE]\n\n"],  # as /v1/completions does with include_usage
         [done("", message={"tool_calls": [CALL]}, prompt_eval_count=7)],
         [line('","eval_count":99,"prompt_eval_count":99'), done("", prompt_eval_count=7)],
-        [line("x" * 5000), done("", context=[1] * 5000, prompt_eval_count=7, eval_count=7)],
+        [line("x" * 5000), line("", context=[1] * 5000, prompt_eval_count=7, eval_count=7)],
     ],
 )
 async def test_only_the_last_count_of_an_answer_counts(

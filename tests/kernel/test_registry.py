@@ -198,6 +198,17 @@ async def test_the_first_folder_with_a_command_wins(tmp_path: Path) -> None:
         assert other.status == "failed" and "is " in str(other.error)
 
 
+async def test_folders_of_one_name_may_have_different_commands(tmp_path: Path) -> None:
+    for name in ("one", "two"):
+        folder = write_agent(tmp_path / name, "ok", OK + "    x = __file__", command=name)
+        assert folder.name == "ok_agent"
+
+    async with loaded(tmp_path / "one", tmp_path / "two") as registry:
+        files = {name: plugin.agent.x for name, plugin in registry.plugins.items()}  # type: ignore[union-attr]
+
+    assert files == {n: str(tmp_path / n / "ok_agent" / "agent.py") for n in ("one", "two")}
+
+
 async def test_settings_and_arguments_of_the_operator_come_over_those_of_the_plugin(
     plugins: Path,
 ) -> None:

@@ -1,0 +1,444 @@
+"""The house rules of the README, executed: who may import whom, and that a slice can be removed.
+
+`complaints` reads the syntax trees of a folder like this one and says what breaks a rule and what
+to do instead; `effects` imports every module of it and says what happened that should not.
+"""
+
+from __future__ import annotations
+
+import ast
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tomllib
+from collections import defaultdict
+from collections.abc import Iterator
+from dataclasses import dataclass, fields
+from graphlib import CycleError, TopologicalSorter
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from kernel.config import HOME, Config, PluginsConfig, ServerConfig, load
+from kernel.registry import scan
+
+OURS = ("osp", "demo", "kernel", "slices", "plugins", "tests", "bench")
+LOADERS = ("import_module", "__import__")
+ENVIRONMENT = ("environ", "environb", "getenv", "getenvb")
+
+ADVICE = {
+    "plugins": "a plugin imports only kernel.agent of ours, and its own files with a dot before"
+    " them; what it lacks belongs into the contract, kernel/agent.py",
+    "slices": "a slice imports only kernel and its own folder; write the few lines again, and at"
+    " the third use move them to kernel/",
+    "kernel": "the kernel imports only the kernel; let osp.py hand over what is needed, as an"
+    " argument",
+    "demo": "demo.py imports nothing of ours: it stands for a server that knows nothing of us",
+    "osp": "osp.py is what tests are about, and does not need them",
+}
+ONLY_CLIENT = "httpx is kernel/client.py's: ask OllamaClient, or an agent's context, instead"
+ONLY_OSP = "the environment is read in osp.py: take a value as an argument, or a setting '$NAME'"
+
+
+@dataclass(frozen=True)
+class Import:
+    """`target` is the module or package that is imported, as far as the tree knows it."""
+
+    line: int
+    target: str
+    relative: bool = False
+
+
+def complaints(tree: Path) -> list[str]:
+    """Return what breaks a rule, each as `file:line: what: what to do instead`."""
+    files = dict(modules(tree))
+    found: list[str] = []
+    graph: dict[str, set[str]] = defaultdict(set)
+    for module, file in files.items():
+        parsed = ast.parse(file.read_text(encoding="utf-8"))
+        for item in imports(parsed, module, file, files):
+            where = f"{file.relative_to(tree)}:{item.line}: imports {item.target}"
+            if why := wrong(module, item):
+                found.append(f"{where}: {why}")
+            if module.startswith("kernel.") and item.target.startswith("kernel."):
+                graph[module].add(item.target)
+        if module != "osp":
+            place = file.relative_to(tree)
+            found += [f"{place}:{line}: {ONLY_OSP}" for line in environment_reads(parsed)]
+    try:
+        TopologicalSorter(graph).prepare()
+    except CycleError as exc:
+        circle = " imports ".join(reversed(exc.args[1]))
+        found.append(f"{circle}: a cycle; move what both need into a module below them")
+    return found
+
+
+def modules(tree: Path) -> Iterator[tuple[str, Path]]:
+    """Yield name and file of everything that runs in the proxy."""
+    files = [tree / "osp.py", tree / "demo.py"]
+    for folder in ("kernel", "slices", "plugins"):
+        files += sorted((tree / folder).rglob("*.py"))
+    for file in filter(Path.exists, files):
+        parts = file.relative_to(tree).with_suffix("").parts
+        yield ".".join(parts[:-1] if parts[-1] == "__init__" else parts), file
+
+
+def imports(parsed: ast.AST, module: str, file: Path, known: dict[str, Path]) -> Iterator[Import]:
+    """Yield every import, at the top or inside of a function, and those by a literal name."""
+    package = module if file.name == "__init__.py" else module.rpartition(".")[0]
+    for node in ast.walk(parsed):
+        if isinstance(node, ast.Import):
+            yield from (Import(node.lineno, alias.name) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            base = absolute("." * node.level + (node.module or ""), package)
+            for alias in node.names:
+                inner = f"{base}.{alias.name}"
+                is_module = inner in known or base in ("kernel", "slices", "plugins")
+                yield Import(node.lineno, inner if is_module else base, node.level > 0)
+        elif isinstance(node, ast.Call) and node.args and called(node.func) in LOADERS:
+            name = node.args[0]
+            if isinstance(name, ast.Constant) and isinstance(name.value, str):
+                target = absolute(name.value, package)
+                yield Import(node.lineno, target, name.value.startswith("."))
+
+
+def called(function: ast.expr) -> str:
+    return getattr(function, "attr", getattr(function, "id", ""))
+
+
+def absolute(name: str, package: str) -> str:
+    """Return the full name of a module: each dot after the first goes one package up."""
+    level = len(name) - len(name.lstrip("."))
+    if not level:
+        return name
+    parts = package.split(".")
+    return ".".join([*parts[: len(parts) - level + 1], *filter(None, [name[level:]])])
+
+
+def wrong(module: str, item: Import) -> str:
+    """Return what to do instead of this import, or nothing where it is right."""
+    part, target = module.partition(".")[0], item.target.partition(".")[0]
+    if target == "httpx":
+        return "" if module == "kernel.client" else ONLY_CLIENT
+    if target not in OURS:
+        return ""
+    home = ".".join(module.split(".")[:2])
+    at_home = "." in home and f"{item.target}.".startswith(f"{home}.")
+    right = {
+        "plugins": item.target == "kernel.agent" or (at_home and item.relative),
+        "slices": target == "kernel" or at_home,
+        "kernel": target == "kernel",
+        "demo": False,
+        "osp": target not in ("tests", "bench"),
+    }
+    return "" if right[part] else ADVICE[part]
+
+
+def environment_reads(parsed: ast.AST) -> Iterator[int]:
+    for node in ast.walk(parsed):
+        if isinstance(node, ast.Attribute) and node.attr in ENVIRONMENT:
+            if isinstance(node.value, ast.Name) and node.value.id in ("os", "posix", "nt"):
+                yield node.lineno
+        elif isinstance(node, ast.ImportFrom) and node.module in ("os", "posix", "nt"):
+            yield from (node.lineno for alias in node.names if alias.name in ENVIRONMENT)
+        elif isinstance(node, ast.Import):  # under another name it could not be found
+            yield from (node.lineno for a in node.names if a.name == "os" and a.asname)
+
+
+IMPORT_ALL = """
+import importlib, json, logging, signal, sys, threading
+import anyio, httpx, starlette.applications, uvicorn  # what these do at import is not ours
+
+happened = []
+WATCHED = ("socket.__new__", "subprocess.Popen", "os.putenv")
+
+sys.addaudithook(lambda event, args: event in WATCHED and happened.append(event))
+start = threading.Thread.start
+threading.Thread.start = lambda thread: happened.append("a thread") or start(thread)
+
+def state():
+    names = [None, *logging.root.manager.loggerDict]
+    loggers = {str(name): logging.getLogger(name) for name in names}
+    seen = {f"logging of {n}": (log.level, len(log.handlers)) for n, log in loggers.items()}
+    usual = {name: value for name, value in seen.items() if value != (0, 0)}
+    return usual | {"a signal": [signal.getsignal(sig) for sig in (signal.SIGINT, signal.SIGTERM)]}
+
+for name in sys.argv[1:]:
+    before = state()
+    importlib.import_module(name)
+    happened += [what for what, value in state().items() if before.get(what) != value]
+    for what in dict.fromkeys(happened):
+        sys.stdout.write(f"importing {name} does this: {what}; do it in a function\\n")
+    happened.clear()
+"""
+
+
+def effects(tree: Path) -> str:
+    """Import every module in a fresh process and return what it did, and what it printed."""
+    names = [name for name, _ in modules(tree) if not name.startswith("plugins")]
+    return python(tree, "-c", IMPORT_ALL, *names)
+
+
+def python(tree: Path, *arguments: str) -> str:
+    """Run Python in a tree and return all that it said."""
+    env = {key: value for key, value in os.environ.items() if not key.startswith("OSP_")}
+    command = [sys.executable, "-B", *arguments]
+    done = subprocess.run(command, cwd=tree, env=env, capture_output=True, text=True, timeout=50)
+    assert done.returncode == 0, done.stderr
+    return done.stdout + done.stderr
+
+
+def test_the_rules_of_the_house_are_kept() -> None:
+    found = complaints(HOME)
+
+    assert not found, "\n".join(found)
+
+
+def test_nothing_happens_at_import() -> None:
+    assert effects(HOME) == ""
+
+
+TREE = {
+    "osp.py": "import os\nimport demo\nfrom slices import chat, tags\nhome = os.environ",
+    "demo.py": "import json",
+    "kernel/__init__.py": "",
+    "kernel/agent.py": "from kernel.client import Client",
+    "kernel/client.py": "import httpx\nfrom kernel import errors",
+    "kernel/errors.py": "",
+    "slices/__init__.py": "",
+    "slices/chat/__init__.py": "from kernel import agent\nfrom slices.chat import turn",
+    "slices/chat/turn.py": "from . import words\nfrom kernel.errors import E",
+    "slices/chat/words.py": "",
+    "slices/tags.py": "from kernel.client import Client",
+    "plugins/rag_agent/agent.py": "from kernel.agent import BaseAgent\nfrom .index import Index",
+    "plugins/rag_agent/index.py": "import sqlite3",
+    "plugins/other_agent/agent.py": "import kernel.agent",
+}
+
+
+def write_tree(folder: Path, **changed: str) -> Path:
+    for name, code in {**TREE, **changed}.items():
+        file = folder / name
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(code, encoding="utf-8")
+    return folder
+
+
+def test_a_tree_that_keeps_the_rules_gets_no_complaint(tmp_path: Path) -> None:
+    assert complaints(write_tree(tmp_path)) == []
+
+
+LATE = "def f():\n    {}"
+PLUGIN, SLICE, KERNEL = ADVICE["plugins"], ADVICE["slices"], ADVICE["kernel"]
+
+
+@pytest.mark.parametrize(
+    ("file", "code", "advice"),
+    [
+        ("plugins/rag_agent/agent.py", "from kernel.client import OllamaClient", PLUGIN),
+        ("plugins/rag_agent/agent.py", "from kernel import client", PLUGIN),
+        ("plugins/rag_agent/agent.py", "from kernel import agent, errors", PLUGIN),
+        ("plugins/rag_agent/agent.py", "import kernel", PLUGIN),
+        ("plugins/rag_agent/agent.py", "from slices.chat import turn", PLUGIN),
+        ("plugins/rag_agent/agent.py", "from plugins.rag_agent.index import Index", PLUGIN),
+        ("plugins/rag_agent/agent.py", "from ..other_agent import agent", PLUGIN),
+        ("plugins/rag_agent/agent.py", "from ...kernel import client", PLUGIN),
+        ("plugins/rag_agent/index.py", LATE.format("import osp"), PLUGIN),
+        ("plugins/rag_agent/index.py", "import demo", PLUGIN),
+        ("slices/tags.py", "from slices import chat", SLICE),
+        ("slices/tags.py", "import slices.chat.turn", SLICE),
+        ("slices/tags.py", "from slices.chat.turn import Turn", SLICE),
+        ("slices/tags.py", "from . import chat", SLICE),
+        ("slices/tags.py", "from .chat.turn import Turn", SLICE),
+        ("slices/tags.py", LATE.format("from slices import chat"), SLICE),
+        ("slices/tags.py", "import importlib\nimportlib.import_module('slices.chat')", SLICE),
+        (
+            "slices/tags.py",
+            "from importlib import import_module as i\ni = __import__('osp')",
+            SLICE,
+        ),
+        ("slices/tags.py", "import_module('.chat', __package__)", SLICE),
+        ("slices/tags.py", "import demo", SLICE),
+        ("slices/tags.py", "from tests.support import running", SLICE),
+        ("slices/chat/turn.py", "from .. import tags", SLICE),
+        ("slices/chat/turn.py", "from ..tags import routes", SLICE),
+        ("slices/chat/__init__.py", "from plugins.rag_agent import agent", SLICE),
+        ("slices/__init__.py", "from slices import tags", SLICE),
+        ("kernel/client.py", "from slices import tags", KERNEL),
+        ("kernel/client.py", LATE.format("import osp"), KERNEL),
+        ("kernel/__init__.py", "import demo", KERNEL),
+        ("kernel/errors.py", "from kernel.agent import BaseAgent", "a cycle; move"),
+        ("kernel/errors.py", LATE.format("from . import agent"), "a cycle; move"),
+        ("kernel/errors.py", "from kernel import errors", "a cycle; move"),
+        ("demo.py", "from kernel.config import HOME", ADVICE["demo"]),
+        ("osp.py", "from tests import support", ADVICE["osp"]),
+        ("slices/tags.py", "import httpx", ONLY_CLIENT),
+        ("kernel/agent.py", LATE.format("from httpx import AsyncClient"), ONLY_CLIENT),
+        ("osp.py", "__import__('httpx')", ONLY_CLIENT),
+        ("kernel/errors.py", "import os\nhome = os.environ['HOME']", ONLY_OSP),
+        ("kernel/errors.py", "import os as system", ONLY_OSP),
+        ("slices/tags.py", "from os import environ", ONLY_OSP),
+        ("plugins/rag_agent/index.py", LATE.format("os.getenv('HOME')"), ONLY_OSP),
+    ],
+)
+def test_every_broken_rule_is_caught(tmp_path: Path, file: str, code: str, advice: str) -> None:
+    found = complaints(write_tree(tmp_path, **{file: code}))
+
+    assert len(found) == 1 and advice in found[0], found
+
+
+@pytest.mark.parametrize(
+    ("code", "what"),
+    [
+        ("import threading\nthreading.Thread(target=len, args=['']).start()", "a thread"),
+        ("import socket\nsocket.socket().close()", "socket.__new__"),
+        ("import logging\nlogging.basicConfig()", "logging of None"),
+        ("import logging\nlogging.getLogger('uvicorn').setLevel(9)", "logging of uvicorn"),
+        ("import signal\nsignal.signal(signal.SIGTERM, signal.SIG_IGN)", "a signal"),
+        ("import os\nos.environ['A'] = 'b'", "os.putenv"),
+        ("import os, subprocess\nsubprocess.run('true')", "subprocess.Popen"),
+        ("print('hello')", "hello"),
+        ("import sys\nsys.stderr.write('hello')", "hello"),
+    ],
+)
+def test_what_happens_at_import_is_caught(tmp_path: Path, code: str, what: str) -> None:
+    for name, text in (("quiet", "import json"), ("loud", code)):
+        (tmp_path / name / "kernel").mkdir(parents=True)
+        (tmp_path / name / "kernel" / "errors.py").write_text(text)
+
+    assert what in effects(tmp_path / "loud")
+    assert effects(tmp_path / "quiet") == ""
+
+
+# What each slice is there for. What is forwarded unread is so without its slice, too.
+PROBES: dict[str, tuple[str, str, Any]] = {
+    "chat": (
+        "POST",
+        "/api/chat",
+        {"model": "demo", "messages": [{"role": "user", "content": "a"}]},
+    ),
+    "embeddings": ("POST", "/api/embed", {"model": "demo-embed", "input": "a"}),
+    "generate": ("POST", "/api/generate", {"model": "demo", "prompt": "a"}),
+    "health": ("GET", "/health", None),
+    "metrics": ("GET", "/metrics", None),
+    "passthrough": ("GET", "/api/version", None),
+    "plugins": ("GET", "/plugins", None),
+    "tags": ("GET", "/api/tags", None),
+}
+ASK = """
+import asyncio, json, sys
+import httpx, demo, osp
+from kernel.config import load
+
+async def main():
+    async with demo.serve(demo.create_app()) as ollama:
+        app = osp.create_app(load(None, {"OSP_UPSTREAM_URL": ollama}, {}))
+        async with demo.serve(app) as url, httpx.AsyncClient(base_url=url) as client:
+            asked = {
+                name: (await client.request(method, path, json=body)).status_code
+                for name, (method, path, body) in json.loads(sys.argv[1]).items()
+            }
+    print(json.dumps(asked))
+
+asyncio.run(main())
+"""
+
+
+def test_every_slice_has_its_probe() -> None:
+    slices = {file.stem for file in (HOME / "slices").iterdir() if not file.stem.startswith("__")}
+
+    assert set(PROBES) == slices
+
+
+@pytest.mark.parametrize("name", PROBES)
+def test_any_slice_can_be_deleted_and_all_else_works(tmp_path: Path, name: str) -> None:
+    tree = without_slice(name, tmp_path / "osp")
+    others = {key: probe for key, probe in PROBES.items() if key != name}
+
+    said = python(tree, "-c", ASK, json.dumps(others))
+
+    assert json.loads(said.splitlines()[0]) == dict.fromkeys(others, 200)
+
+
+def without_slice(name: str, tree: Path) -> Path:
+    """Copy the project without a slice: its file or folder, and its lines in osp.py."""
+    for folder in ("kernel", "slices", "plugins"):
+        shutil.copytree(HOME / folder, tree / folder, ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copy(HOME / "demo.py", tree)
+    gone = tree / "slices" / name
+    shutil.rmtree(gone) if gone.is_dir() else gone.with_suffix(".py").unlink()
+    root = Without(name).visit(ast.parse((HOME / "osp.py").read_text(encoding="utf-8")))
+    (tree / "osp.py").write_text(ast.unparse(root), encoding="utf-8")
+    return tree
+
+
+class Without(ast.NodeTransformer):
+    """Takes a slice's lines out of osp.py: its import, and its share of lists and of arguments."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+    def uses(self, node: ast.AST) -> bool:
+        names = [inner.id for inner in ast.walk(node) if isinstance(inner, ast.Name)]
+        return self.name in names
+
+    def visit_ImportFrom(self, node: ast.ImportFrom) -> ast.ImportFrom:
+        if node.module == "slices":
+            node.names = [alias for alias in node.names if alias.name != self.name]
+        return node
+
+    def visit_List(self, node: ast.List) -> ast.List:
+        node.elts = [item for item in node.elts if not self.uses(item)]
+        return node
+
+    def visit_Call(self, node: ast.Call) -> ast.AST:
+        node.keywords = [keyword for keyword in node.keywords if not self.uses(keyword)]
+        return self.generic_visit(node)
+
+
+EXAMPLE = HOME / "osp.example.toml"
+SETTING = re.compile(r"^#(?! |$)", re.MULTILINE)  # prose has a space behind the sign
+
+
+def test_the_example_of_osp_toml_sets_nothing_by_itself() -> None:
+    table = tomllib.loads(EXAMPLE.read_text(encoding="utf-8"))
+
+    assert not any(table.values())
+
+
+def test_the_example_of_osp_toml_has_every_setting_with_its_default(tmp_path: Path) -> None:
+    file = tmp_path / "osp.toml"
+    file.write_text(SETTING.sub("", EXAMPLE.read_text(encoding="utf-8")), encoding="utf-8")
+    table = tomllib.loads(file.read_text(encoding="utf-8"))
+    config = load(file, {}, {})
+
+    here = Config(
+        server=ServerConfig(data=tmp_path / "data"),
+        plugins=PluginsConfig(dirs=(tmp_path / "plugins",)),
+        agents=config.agents,
+    )
+    assert config == here
+    for section in fields(Config):
+        if section.name != "agents":
+            known = [setting.name for setting in fields(getattr(config, section.name))]
+            assert list(table[section.name]) == known
+
+
+def test_the_example_of_osp_toml_says_what_each_setting_means() -> None:
+    lines = EXAMPLE.read_text(encoding="utf-8").splitlines()
+    settings = [line for line in lines if SETTING.match(line) and not line.startswith("#[")]
+
+    assert settings and all(re.search(r" # \S", line) for line in settings)
+
+
+def test_the_agents_of_the_example_are_ones_that_load(tmp_path: Path) -> None:
+    text = SETTING.sub("", EXAMPLE.read_text(encoding="utf-8"))
+    agents = tomllib.loads(text)["agents"]
+
+    plugins = scan(PluginsConfig(), agents, {})
+
+    assert agents and not any(plugins[name].error for name in agents)

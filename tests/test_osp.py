@@ -1,0 +1,405 @@
+"""The command line, as a real process: how it starts, what it says, how it stops."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import shutil
+import signal
+import socket
+import sys
+from asyncio.subprocess import PIPE, Process
+from collections.abc import AsyncIterator, Mapping
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import anyio
+import httpx
+import pytest
+
+from kernel.config import HOME
+from tests.support import FakeOllama, line, said, turn, write_agent
+
+CLEAN = {name: value for name, value in os.environ.items() if not name.startswith("OSP_")}
+LIMIT = 20  # seconds that nothing here takes, on the slowest machine
+LEAVES = """
+class Leaves(BaseAgent):
+    async def teardown(self):
+        (self.data_dir / "left").touch()
+"""
+HANGS = """
+import sys
+class Hangs(BaseAgent):
+    async def teardown(self):
+        sys.stderr.write("hanging\\n")
+        await asyncio.Event().wait()
+"""
+
+
+@dataclass
+class Proxy:
+    """A running osp.py, and what it has said on stderr so far."""
+
+    process: Process
+    lines: list[str] = field(default_factory=list)
+
+    async def says(self, text: str) -> str:
+        """Return the first line with `text` in it, waiting for it."""
+        assert self.process.stderr
+        with anyio.fail_after(LIMIT):
+            while not (hits := [line for line in self.lines if text in line]):
+                got = (await self.process.stderr.readline()).decode()
+                assert got, f"it ended, and never said {text!r}:\n{''.join(self.lines)}"
+                self.lines.append(got)
+        return hits[0]
+
+    async def event(self, name: str) -> dict[str, Any]:
+        """Return the fields of the first such line of the log."""
+        found: dict[str, Any] = json.loads(await self.says(f'"event": "{name}"'))
+        return found
+
+    @asynccontextmanager
+    async def client(self) -> AsyncIterator[httpx.AsyncClient]:
+        """Yield a client of it, once it answers."""
+        url = (await self.event("listening"))["url"]
+        await self.event("agents loaded")
+        async with httpx.AsyncClient(base_url=url, timeout=LIMIT) as client:
+            await client.get("/plugins")  # from here on it obeys signals
+            yield client
+
+    async def stop(self, sig: signal.Signals = signal.SIGTERM) -> int:
+        self.process.send_signal(sig)
+        return await self.ended()
+
+    async def ended(self) -> int:
+        """Return the exit status, or minus the signal that ended it."""
+        with anyio.fail_after(LIMIT):
+            _, rest = await self.process.communicate()
+        self.lines += rest.decode().splitlines(keepends=True)
+        assert self.process.returncode is not None
+        return self.process.returncode
+
+
+@asynccontextmanager
+async def starting(
+    *flags: str, script: Path = HOME / "osp.py", cwd: Path = HOME, env: Mapping[str, str] = CLEAN
+) -> AsyncIterator[Proxy]:
+    """Start osp.py on any free port and without agents, if `flags` and `env` say nothing else."""
+    env = {**CLEAN, "OSP_SERVER_PORT": "0", "OSP_PLUGINS": "off", "PYTHONPATH": "", **env}
+    command = [sys.executable, str(script), *flags]
+    process = await asyncio.create_subprocess_exec(*command, cwd=cwd, env=env, stderr=PIPE)
+    try:
+        yield Proxy(process)
+    finally:
+        if process.returncode is None:
+            process.kill()
+            await process.communicate()
+
+
+def with_agents(plugins: Path) -> Mapping[str, str]:
+    """Return the environment that makes the agents in `plugins` the only ones."""
+    data = str(plugins.parent / "data")
+    return {"OSP_PLUGINS_DIRS": str(plugins), "OSP_PLUGINS": "", "OSP_SERVER_DATA": data}
+
+
+def free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        return int(listener.getsockname()[1])
+
+
+@pytest.fixture
+def vendored(tmp_path: Path) -> Path:
+    """A copy below another repository, which has a `kernel` of its own."""
+    copy = tmp_path / "vendor" / "osp"
+    for folder in ("kernel", "slices", "plugins"):
+        shutil.copytree(HOME / folder, copy / folder, ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("osp.py", "demo.py"):
+        shutil.copy(HOME / name, copy)
+    (tmp_path / "kernel.py").write_text("raise ImportError('not this one')")
+    return copy
+
+
+async def test_it_starts_from_its_own_folder_and_from_any_other(tmp_path: Path) -> None:
+    for cwd, script in ((HOME, Path("osp.py")), (tmp_path, HOME / "osp.py")):
+        async with starting("--demo", "0", cwd=cwd, script=script) as proxy:
+            async with proxy.client() as client:
+                assert (await client.get("/health")).json()["status"] == "ok"
+
+
+async def test_a_copy_below_another_repository_runs_on_its_own(vendored: Path) -> None:
+    host = vendored.parent.parent
+    env = {"PYTHONPATH": str(host), "OSP_PLUGINS": ""}
+
+    async with starting("--demo", "0", cwd=host, script=vendored / "osp.py", env=env) as proxy:
+        async with proxy.client() as client:
+            health = (await client.get("/health")).json()
+            listed = (await client.get("/plugins")).json()["plugins"]
+
+    assert health["agents"] == ["rag", "translate"]
+    assert listed[0]["folder"] == str(vendored / "plugins" / "rag_agent")
+    assert (vendored / "data").exists()
+
+
+async def test_it_says_where_it_listens_what_is_upstream_and_which_agents_there_are(
+    plugins: Path,
+) -> None:
+    write_agent(plugins, "leaves", LEAVES)
+    write_agent(plugins, "wrong", "raise RuntimeError('no such thing')")
+
+    async with starting("--demo", "0", env=with_agents(plugins)) as proxy:
+        assert (await proxy.event("listening"))["url"].startswith("http://127.0.0.1:")
+        assert (await proxy.event("upstream answers"))["version"] == "0.33.0-demo"
+        failed = await proxy.event("agent failed to load")
+        assert failed["agent"] == "wrong"
+        assert failed["error"] == "RuntimeError: no such thing"
+        assert failed["where"] == f"{plugins}/wrong_agent/agent.py:4"
+        assert (await proxy.event("agents loaded"))["agents"] == "leaves"
+
+
+async def test_it_starts_without_ollama_and_says_so() -> None:
+    upstream = f"127.0.0.1:{free_port()}"
+
+    async with starting("--upstream", upstream) as proxy:
+        said = await proxy.event("upstream does not answer yet")
+        async with proxy.client() as client:
+            assert (await client.get("/health")).status_code == 503
+
+    assert said["url"] == f"http://{upstream}" and upstream in said["error"]
+
+
+async def test_a_break_of_the_upstream_is_a_line_of_the_log_and_no_traceback(
+    ollama: FakeOllama, ollama_url: str
+) -> None:
+    ollama.answers(line("Hel"), ollama.breaks)
+
+    async with starting("--upstream", ollama_url) as proxy:
+        async with proxy.client() as client:
+            with pytest.raises(httpx.RemoteProtocolError):
+                await client.post("/api/chat", json=turn("x"))
+        await proxy.stop()
+
+    events = [json.loads(line)["event"] for line in proxy.lines]
+    assert events == ["listening", "upstream answers", "agents loaded", "request", "request"]
+
+
+async def test_the_demo_answers_as_ollama_and_says_what_it_was_sent() -> None:
+    async with starting("--demo", "0") as proxy:
+        async with proxy.client() as client:
+            answer = await client.post("/api/chat", json=turn("hello"))
+
+    assert said(answer.content) == "I am the demo model. I was sent:\n[user] hello"
+
+
+async def test_a_settings_file_counts_and_its_paths_begin_beside_it(tmp_path: Path) -> None:
+    write_agent(tmp_path / "etc" / "mine", "leaves", LEAVES)
+    file = tmp_path / "etc" / "some.toml"
+    file.write_text('[plugins]\ndirs = ["mine"]\n[commands]\nprefix = "!"\n', encoding="utf-8")
+    flags = ("--config", "etc/some.toml", "--demo", "0")
+    env = {"OSP_PLUGINS": "", "OSP_SERVER_DATA": str(tmp_path / "data")}
+
+    async with starting(*flags, cwd=tmp_path, env=env) as proxy:
+        async with proxy.client() as client:
+            answer = await client.post("/api/chat", json=turn("!help"))
+
+    assert "!leaves" in said(answer.content)
+
+
+async def test_a_flag_counts_more_than_the_environment_and_that_more_than_the_file(
+    tmp_path: Path,
+) -> None:
+    by_env, by_flag = free_port(), free_port()
+    file = tmp_path / "osp.toml"
+    file.write_text('[server]\nhost = "localhost"\nport = 1\n', encoding="utf-8")
+    config = ("--config", str(file), "--demo", "0")
+    env = {"OSP_SERVER_PORT": str(by_env)}
+    flags = ("--host", "127.0.0.1", "--port", str(by_flag))
+
+    async with starting(*config, env=env) as proxy:
+        assert (await proxy.event("listening"))["url"] == f"http://127.0.0.1:{by_env}"
+    async with starting(*config, *flags, env=env) as proxy:
+        assert (await proxy.event("listening"))["url"] == f"http://127.0.0.1:{by_flag}"
+
+
+async def test_the_upstream_is_a_setting_a_variable_or_a_flag(
+    demo_url: str, tmp_path: Path
+) -> None:
+    file = tmp_path / "osp.toml"
+    file.write_text('[upstream]\nurl = "http://127.0.0.1:9"\n', encoding="utf-8")
+    config = ("--config", str(file))
+    other = {"OSP_UPSTREAM_URL": "127.0.0.1:1"}
+
+    async with starting(*config, "--upstream", demo_url, env=other) as proxy:
+        assert (await proxy.event("upstream answers"))["url"] == demo_url
+    async with starting(*config, env={"OSP_UPSTREAM_URL": demo_url}) as proxy:
+        assert (await proxy.event("upstream answers"))["url"] == demo_url
+    async with starting(*config) as proxy:
+        assert (await proxy.event("upstream does not answer yet"))["url"] == "http://127.0.0.1:9"
+
+
+@pytest.mark.parametrize(
+    ("toml", "flags", "complaint"),
+    [
+        ("[server]\nprot = 1", "", "{file}: server: unknown key 'prot'; known are host, port,"),
+        ("[sever]\nport = 1", "", "{file}: unknown key 'sever'; known are server, upstream,"),
+        ("[server]\nport = '1'", "", "{file}: server: port: '1' is wrong here, it must be a whole"),
+        ("[server]\nshutdown = inf", "", "server.shutdown: inf is wrong, it must be"),
+        ("[server]\n\nport = =", "", "{file}: Invalid value (at line 3, column 8)"),
+        ("[agents.nope]", "", "[agents.nope]: there is no such plugin in "),
+        ("[plugins]\ndirs = ['nope']", "", "plugins.dirs: {tmp}/nope is no folder"),
+        ("", "--config {tmp}/nope.toml", "{tmp}/nope.toml: [Errno 2] No such file"),
+        ("", "--port 99999", "server.port: 99999 is wrong, it must be 0 to 65535"),
+        ("", "--upstream ftp://x", "upstream.url: 'ftp://x' is no address like http://"),
+        (
+            "",
+            "--port {taken}",
+            "cannot listen on 127.0.0.1:{taken}: Address already in use",
+        ),
+        ("", "--port {p} --upstream 127.0.0.1:{p}", "upstream.url: http://127.0.0.1:{p} is this"),
+        ("", "--port {p} --upstream localhost:{p}", "upstream.url: http://localhost:{p} is this"),
+        ("", "--port {p} --upstream 0.0.0.0:{p}", "upstream.url: http://127.0.0.1:{p} is this"),
+        (
+            "",
+            "--host localhost --port {p} --upstream :{p}",
+            "upstream.url: http://127.0.0.1:{p} is",
+        ),
+        (
+            "",
+            "--host 0.0.0.0 --port {p} --upstream localhost:{p}",
+            "upstream.url: http://localhost",
+        ),
+        (
+            "",
+            "--host 0.0.0.0 --port {p} --upstream 127.0.0.2:{p}",
+            "upstream.url: http://127.0.0.2",
+        ),
+    ],
+)
+async def test_a_wrong_setting_ends_the_start_with_one_line(
+    tmp_path: Path, toml: str, flags: str, complaint: str
+) -> None:
+    file = tmp_path / "osp.toml"
+    file.write_text(toml, encoding="utf-8")
+    with socket.create_server(("127.0.0.1", 0)) as busy:
+        taken = busy.getsockname()[1]
+        facts = {"file": file, "tmp": tmp_path, "p": free_port(), "taken": taken}
+        given = flags.format(**facts).split()
+        async with starting("--config", str(file), *given) as proxy:
+            status = await proxy.ended()
+
+    assert status == 2
+    assert len(proxy.lines) == 1 and proxy.lines[0].startswith(
+        f"osp.py: {complaint.format(**facts)}"
+    )
+
+
+async def test_an_unknown_flag_ends_the_start_with_what_is_known() -> None:
+    async with starting("--prot", "1") as proxy:
+        status = await proxy.ended()
+
+    assert status == 2
+    assert proxy.lines[0].startswith("usage: osp.py [-h] [--config")
+    assert proxy.lines[-1] == "osp.py: error: unrecognized arguments: --prot 1\n"
+
+
+@pytest.mark.parametrize("sig", [signal.SIGINT, signal.SIGTERM])
+async def test_after_a_signal_an_open_answer_ends_agents_leave_and_the_status_is_0(
+    plugins: Path, sig: signal.Signals
+) -> None:
+    write_agent(plugins, "leaves", LEAVES)
+
+    async with starting("--demo", "0.1", env=with_agents(plugins)) as proxy:
+        async with (
+            proxy.client() as client,
+            client.stream("POST", "/api/chat", json=turn("hello")) as answer,
+        ):
+            chunks = answer.aiter_bytes()
+            body = await anext(chunks)
+            proxy.process.send_signal(sig)
+            body += b"".join([chunk async for chunk in chunks])
+        status = await proxy.ended()
+
+    assert said(body).endswith("[user] hello") and b'"done":true' in body
+    assert (plugins.parent / "data" / "leaves" / "left").exists()
+    assert status == 0
+
+
+async def test_an_answer_that_takes_too_long_is_cut_and_the_status_is_0(plugins: Path) -> None:
+    write_agent(plugins, "leaves", LEAVES)
+    env = {**with_agents(plugins), "OSP_SERVER_SHUTDOWN": "1"}
+
+    async with starting("--demo", "60", env=env) as proxy:
+        async with (
+            proxy.client() as client,
+            client.stream("POST", "/api/chat", json=turn("hello")) as answer,
+        ):
+            chunks = answer.aiter_bytes()
+            await anext(chunks)
+            proxy.process.send_signal(signal.SIGTERM)
+            with pytest.raises(httpx.RemoteProtocolError):
+                await anext(chunks)
+        status = await proxy.ended()
+
+    assert (plugins.parent / "data" / "leaves" / "left").exists()
+    assert status == 0
+
+
+@pytest.mark.parametrize("sig", [signal.SIGINT, signal.SIGTERM])
+async def test_a_second_signal_ends_it_at_once(plugins: Path, sig: signal.Signals) -> None:
+    write_agent(plugins, "hangs", HANGS)
+
+    async with starting("--demo", "0", env=with_agents(plugins)) as proxy:
+        async with proxy.client():
+            pass
+        proxy.process.send_signal(sig)
+        await proxy.says("hanging")
+        assert await proxy.stop(sig) == -sig
+
+
+STUCK = {
+    "a def hook that blocks": """
+    def on_request(self, payload):
+        sys.stderr.write("stuck\\n")
+        threading.Event().wait()
+    """,
+    "a thread of its own pool": """
+    async def on_request(self, payload):
+        sys.stderr.write("stuck\\n")
+        await asyncio.to_thread(threading.Event().wait)
+    """,
+    "a hook that swallows its cancellation": """
+    async def on_request(self, payload):
+        sys.stderr.write("stuck\\n")
+        while True:
+            try:
+                await asyncio.Event().wait()
+            except asyncio.CancelledError:
+                pass
+    """,
+    "a teardown that hangs": """
+    async def teardown(self):
+        sys.stderr.write("stuck\\n")
+        await asyncio.Event().wait()
+    """,
+}
+
+
+@pytest.mark.parametrize("hook", STUCK.values(), ids=STUCK)
+async def test_an_agent_that_is_stuck_does_not_keep_the_process(plugins: Path, hook: str) -> None:
+    code = f"import sys, threading\nclass Stuck(BaseAgent):{hook}"
+    write_agent(plugins, "stuck", code, always=True)
+    env = {"OSP_SERVER_SHUTDOWN": "1", "OSP_PLUGINS_SETUP_TIMEOUT": "1", **with_agents(plugins)}
+
+    async with starting("--demo", "0", env=env) as proxy, proxy.client() as client:
+        asking = asyncio.create_task(client.post("/api/chat", json=turn("x")))
+        if "on_request" in hook:
+            await proxy.says("stuck")
+        else:
+            await asking
+        status = await proxy.stop()
+        asking.cancel()
+        await asyncio.wait({asking})
+
+    assert status == 0
