@@ -20,14 +20,13 @@ from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import replace
 from pathlib import Path
 from types import FrameType
-from typing import Any
 
 import uvicorn
 from starlette.routing import Router
 from starlette.types import ASGIApp
 
 import demo
-from kernel import log
+from kernel import log, server
 from kernel.client import OllamaClient
 from kernel.config import HOME, Config, Upstream, load, parse_upstream
 from kernel.errors import ConfigError, UpstreamError
@@ -101,19 +100,6 @@ async def announce(client: OllamaClient, registry: PluginRegistry) -> None:
     logger.info("agents loaded", extra={"fields": {"agents": " ".join(loaded) or "none"}})
 
 
-SERVER: dict[str, Any] = {  # how uvicorn serves us; bench and tests do the same
-    "lifespan": "on",  # auto would hide what goes wrong in it
-    "log_config": None,
-    "access_log": False,
-    "server_header": False,
-    "date_header": False,
-    "proxy_headers": False,
-    "ws": "none",
-    "timeout_keep_alive": 75,  # clients keep connections longer than uvicorn's 5 seconds
-    "h11_max_incomplete_event_size": 2**20,  # Go takes headers of a megabyte, too
-}
-
-
 class Server(uvicorn.Server):
     """uvicorn, but a signal that was obeyed is not raised again, and a second one ends it all."""
 
@@ -134,9 +120,9 @@ async def serve(
             config = replace(config, upstream=replace(config.upstream, url=url))
         grace = math.ceil(config.server.shutdown)
         app = create_app(config, environ)
-        server = Server(uvicorn.Config(app, timeout_graceful_shutdown=grace, **SERVER))
+        proxy = Server(uvicorn.Config(app, timeout_graceful_shutdown=grace, **server.SETTINGS))
         logger.info("listening", extra={"fields": {"url": url_of(listener)}})
-        await server.serve(sockets=[listener])
+        await proxy.serve(sockets=[listener])
 
 
 def listen(host: str, port: int) -> socket.socket:

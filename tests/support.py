@@ -18,6 +18,7 @@ from starlette.types import Receive, Scope, Send
 import demo
 import osp
 from kernel.config import Config, UpstreamConfig, build
+from kernel.server import SETTINGS
 
 TURN = {"model": "demo", "messages": [{"role": "user", "content": "why is the sky blue?"}]}
 
@@ -52,7 +53,7 @@ async def running(
     ollama = UpstreamConfig(url=upstream)
     app = osp.create_app(replace(config, server=server, plugins=dirs, upstream=ollama))
     async with (
-        demo.serve(app, **osp.SERVER) as url,
+        demo.serve(app, **SETTINGS) as url,
         httpx.AsyncClient(base_url=url, timeout=10) as client,
     ):
         yield client

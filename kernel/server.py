@@ -1,0 +1,83 @@
+"""Server: how uvicorn serves us, for `osp.py`, the tests and the bench.
+
+A request that offers an upgrade (`Upgrade: h2c`, as Java's client does with every POST) is served
+as if it had not. h11 does so by itself; httptools stops behind the head and uvicorn loses the body,
+so `Protocol` goes on with a new parser, which is told the framing and then reads the rest.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+SETTINGS: dict[str, Any] = {
+    "lifespan": "on",  # auto would hide what goes wrong in it
+    "log_config": None,
+    "access_log": False,
+    "server_header": False,
+    "date_header": False,
+    "proxy_headers": False,
+    "ws": "none",
+    "timeout_keep_alive": 75,  # clients keep connections longer than uvicorn's 5 seconds
+    "h11_max_incomplete_event_size": 2**20,  # Go takes headers of a megabyte, too
+}
+
+try:
+    import httptools
+    from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+except ImportError:
+    SETTINGS["http"] = "h11"
+else:
+
+    class Protocol(HttpToolsProtocol):
+        """uvicorn's connection on httptools, which takes no upgrade."""
+
+        def data_received(self, data: bytes) -> None:
+            self._unset_keepalive_if_required()
+            try:
+                self._feed(data)
+            except httptools.HttpParserError:
+                self.send_400_response("Invalid HTTP request received.")
+
+        def _feed(self, data: bytes) -> None:
+            try:
+                self.parser.feed_data(data)
+            except httptools.HttpParserUpgrade as offered:
+                self.parser = httptools.HttpRequestParser(Rest(self))
+                head = b"POST / HTTP/1.1\r\n%s\r\n" % self._framing()
+                self._feed(head + data[offered.args[0] :])
+
+        def on_message_complete(self) -> None:
+            if not (self.parser.should_upgrade() and self._framing()):  # else its body comes yet
+                super().on_message_complete()
+
+        def _framing(self) -> bytes:
+            names = (b"content-length", b"transfer-encoding")
+            return b"".join(b"%s: %s\r\n" % pair for pair in self.headers if pair[0] in names)
+
+    class Rest:
+        """What the second parser calls: its first head is made up, all else is the connection's."""
+
+        def __init__(self, protocol: Protocol) -> None:
+            self._protocol = protocol
+            self._heads = 0
+            self.on_body = protocol.on_body
+            self.on_message_complete = protocol.on_message_complete
+
+        def on_message_begin(self) -> None:
+            self._heads += 1
+            if self._heads > 1:
+                self._protocol.on_message_begin()
+
+        def on_url(self, url: bytes) -> None:
+            if self._heads > 1:
+                self._protocol.on_url(url)
+
+        def on_header(self, name: bytes, value: bytes) -> None:
+            if self._heads > 1:
+                self._protocol.on_header(name, value)
+
+        def on_headers_complete(self) -> None:
+            if self._heads > 1:
+                self._protocol.on_headers_complete()
+
+    SETTINGS["http"] = Protocol
