@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import re
 from datetime import UTC, datetime
-from typing import Any
+from typing import Any, NoReturn
 
 Chunk = dict[str, Any]  # a frame's JSON object
 
@@ -31,6 +31,21 @@ def dumps(value: Any) -> bytes:
     return UNSAFE.sub(lambda found: f"\\u{ord(found[0]):04x}", text).encode()
 
 
+def loads(data: bytes) -> Any:
+    """Decode strict JSON: UTF-8 without BOM, no NaN, no infinity. Raises ValueError and
+    RecursionError."""
+    return json.loads(data.decode(), parse_constant=reject, parse_float=finite)
+
+
+def reject(constant: str) -> NoReturn:
+    raise ValueError(f"{constant} is no JSON")
+
+
+def finite(text: str) -> float:
+    number = float(text)
+    return reject(text) if number in (float("inf"), float("-inf")) else number
+
+
 class Dialect:
     """The form of a chat; this one is Ollama's own, POST /api/chat. It keeps no state."""
 
@@ -47,7 +62,7 @@ class Dialect:
         """Return a frame's JSON object, or None for a frame that has none."""
         start, end = self.span(frame)
         try:
-            chunk = json.loads(frame[start:end])
+            chunk = loads(frame[start:end])
         except (ValueError, RecursionError):
             return None
         return chunk if isinstance(chunk, dict) else None

@@ -8,18 +8,17 @@ turn's reply.
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
-from typing import Any, NoReturn
+from typing import Any
 
 from starlette.types import Scope
 
 from kernel.agent import Context, Payload, is_user, last_user, set_text, text_of
 from kernel.client import OllamaClient
-from kernel.dialects import OPENAI, Dialect
+from kernel.dialects import OPENAI, Dialect, loads
 from kernel.errors import BadRequest
 from kernel.log import facts
 from kernel.metrics import Metrics
@@ -169,7 +168,7 @@ def parse(body: bytes, dialect: Dialect) -> Payload | None:
     Go's decoder is more lenient in some ways (the case of keys) and stricter in others (NaN).
     """
     try:
-        payload = json.loads(body.decode(), parse_constant=reject, parse_float=finite)
+        payload = loads(body)
     except (ValueError, RecursionError):
         return None
     if not isinstance(payload, dict) or not isinstance(payload.get("model"), str):
@@ -180,15 +179,6 @@ def parse(body: bytes, dialect: Dialect) -> Payload | None:
         return None
     parts_too = dialect is OPENAI
     return payload if all(is_message(message, parts_too) for message in messages) else None
-
-
-def reject(constant: str) -> NoReturn:
-    raise ValueError(f"{constant} is no JSON")
-
-
-def finite(text: str) -> float:
-    number = float(text)
-    return reject(text) if number in (float("inf"), float("-inf")) else number
 
 
 def misspelt(table: Mapping[str, Any]) -> bool:

@@ -62,7 +62,14 @@ def test_an_edit_replaces_the_json_of_a_frame_and_nothing_else(frame: bytes, edi
 
 
 @pytest.mark.parametrize(
-    "frame", [b": hm\n\n", b"data: [DONE]\n\n", b"data: 1\ndata: 2\n\n", b"[" * 9**5]
+    "frame",
+    [
+        b": hm\n\n",
+        b"data: [DONE]\n\n",
+        b"data: 1\ndata: 2\n\n",
+        b'data: {"x":1e999}\n\n',
+        b"[" * 9**5,
+    ],
 )
 def test_a_frame_without_a_json_object_is_none(frame: bytes) -> None:
     assert OPENAI.parse(frame) is None and OLLAMA.parse(frame) is None

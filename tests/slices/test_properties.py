@@ -1,0 +1,134 @@
+"""Properties: however an answer is cut by the network or by the model, the result is the same."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+from pathlib import Path
+from typing import Any
+
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from kernel.agent import BaseAgent, Context
+from kernel.client import OllamaClient
+from kernel.config import parse_upstream
+from kernel.dialects import OLLAMA, OPENAI, Dialect, FrameSplitter, dumps
+from kernel.metrics import Metrics
+from kernel.registry import Plugin
+from slices.chat.chain import Run
+from slices.chat.editor import Editor, Stage
+from tests.support import DONE, done, event, line, said
+
+TEXTS = st.text(st.characters(codec="utf-8"), max_size=12)
+DIALECTS = st.sampled_from([OLLAMA, OPENAI])
+JSON = st.recursive(
+    st.none()
+    | st.booleans()
+    | st.integers()
+    | st.floats(allow_nan=False, allow_infinity=False)
+    | st.text(),
+    lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner),
+    max_leaves=8,
+)
+
+
+class Brackets(BaseAgent):
+    """Puts brackets around every x, and keeps back each last sign until the next one is known."""
+
+    held = ""
+
+    async def on_chunk(self, text: str) -> str:
+        text = self.held + text
+        self.held = text[-1:]
+        return text[:-1].replace("x", "[x]")
+
+    async def on_end(self) -> str:
+        return self.held.replace("x", "[x]") + "!"
+
+
+class Reverses(BaseAgent):
+    """Needs the whole text."""
+
+    async def on_response(self, response: str) -> str:
+        return response[::-1]
+
+
+def cut(data: bytes, places: list[int]) -> list[bytes]:
+    marks = sorted({place % (len(data) + 1) for place in places} | {0, len(data)})
+    return [data[a:b] for a, b in zip(marks, marks[1:], strict=False)]
+
+
+@given(st.lists(st.binary(max_size=9)), st.lists(st.integers(0, 999)), DIALECTS)
+def test_any_bytes_split_anywhere_give_the_same_frames(
+    parts: list[bytes], places: list[int], dialect: Dialect
+) -> None:
+    data = b"\r\n".join(parts) + b"\n\n".join(parts)
+
+    def frames(pieces: list[bytes]) -> list[bytes]:
+        splitter = FrameSplitter(dialect.end)
+        found = [frame for piece in pieces for frame in splitter.feed(piece)]
+        return [*found, splitter.rest()]
+
+    assert frames(cut(data, places)) == frames([data])
+    assert b"".join(frames([data])) == data
+
+
+@given(st.dictionaries(st.text(), JSON), DIALECTS)
+def test_an_edit_keeps_every_key_and_its_order(chunk: dict[str, Any], dialect: Dialect) -> None:
+    frame = dialect.encode({"first": 1})
+
+    edited = dialect.edit(frame, chunk)
+
+    assert dialect.parse(edited) == json.loads(json.dumps(chunk))
+    assert list(dialect.parse(edited) or {}) == list(chunk)
+    assert len(edited.decode().splitlines()) == len(frame.decode().splitlines())
+
+
+@given(JSON)
+def test_what_is_encoded_can_be_read_again(value: Any) -> None:
+    assert json.loads(dumps(value)) == json.loads(json.dumps(value))
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.lists(TEXTS, min_size=1), st.lists(st.integers(0, 9999)), DIALECTS, st.booleans())
+def test_the_edited_text_depends_on_the_text_alone(
+    texts: list[str], places: list[int], dialect: Dialect, reverse: bool
+) -> None:
+    """Neither on the pieces of the model nor on the packets of the network."""
+    agents: list[BaseAgent] = [Brackets(), *([Reverses()] if reverse else [])]
+    text = "".join(texts)
+    expected = text.replace("x", "[x]") + "!" if text else ""
+
+    frames = asyncio.run(edited(dialect, agents, stream(dialect, texts), places))
+
+    assert said(b"".join(frames)) == (expected[::-1] if reverse else expected)
+    assert all(len(frame.decode().strip().splitlines()) == 1 for frame in frames)
+    assert b"".join(frames).count(b'"done":true') == (1 if dialect is OLLAMA else 0)
+    assert frames[-1] == (done() if dialect is OLLAMA else DONE)
+
+
+def stream(dialect: Dialect, texts: list[str]) -> bytes:
+    if dialect is OLLAMA:
+        return b"".join(map(line, texts)) + done()
+    return b"".join(map(event, texts)) + event(None, "stop") + DONE
+
+
+async def edited(
+    dialect: Dialect, agents: list[BaseAgent], data: bytes, places: list[int]
+) -> list[bytes]:
+    editor = Editor(dialect, [Stage(run_of(agent), whole=False) for agent in agents], [])
+    splitter, frames = FrameSplitter(dialect.end), []
+    for piece in cut(data, places):
+        for frame in splitter.feed(piece):
+            frames += await editor.edit(frame)
+    return [*frames, *await editor.end()]
+
+
+def run_of(agent: BaseAgent) -> Run:
+    log = logging.LoggerAdapter(logging.getLogger("test"), {})
+    client = OllamaClient(parse_upstream("127.0.0.1:1"), 1)
+    agent.context = Context("r", "ollama", True, {}, log, {"model": "m"}, client)
+    hooks = tuple(vars(type(agent)))
+    return Run(Plugin("a", Path(), agent=agent, hooks=hooks), agent, True, 5, Metrics())
