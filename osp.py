@@ -12,28 +12,27 @@ import asyncio
 import logging
 import math
 import os
-import signal
 import socket
 import sys
 from collections.abc import AsyncIterator, Mapping
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import replace
 from pathlib import Path
-from types import FrameType
 
 import uvicorn
 from starlette.routing import Router
 from starlette.types import ASGIApp
 
 import demo
-from kernel import log, server
+from kernel import log
 from kernel.client import OllamaClient
-from kernel.config import HOME, Config, Upstream, load, parse_upstream
+from kernel.config import HOME, Config, load, parse_upstream
 from kernel.errors import ConfigError, UpstreamError
-from kernel.guard import Guard, is_mine
+from kernel.guard import Guard
 from kernel.log import AccessLog
 from kernel.metrics import Metrics
 from kernel.registry import PluginRegistry
+from kernel.server import SETTINGS, Server, check_loop, listen, url_of
 from slices import (
     chat,
     embeddings,
@@ -100,16 +99,6 @@ async def announce(client: OllamaClient, registry: PluginRegistry) -> None:
     logger.info("agents loaded", extra={"fields": {"agents": " ".join(loaded) or "none"}})
 
 
-class Server(uvicorn.Server):
-    """uvicorn, but a signal that was obeyed is not raised again, and a second one ends it all."""
-
-    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        if self.should_exit:
-            signal.signal(sig, signal.SIG_DFL)
-            signal.raise_signal(sig)
-        self.should_exit = True
-
-
 async def serve(
     config: Config, environ: Mapping[str, str], listener: socket.socket, pace: float | None
 ) -> None:
@@ -120,36 +109,9 @@ async def serve(
             config = replace(config, upstream=replace(config.upstream, url=url))
         grace = math.ceil(config.server.shutdown)
         app = create_app(config, environ)
-        proxy = Server(uvicorn.Config(app, timeout_graceful_shutdown=grace, **server.SETTINGS))
+        proxy = Server(uvicorn.Config(app, timeout_graceful_shutdown=grace, **SETTINGS))
         logger.info("listening", extra={"fields": {"url": url_of(listener)}})
         await proxy.serve(sockets=[listener])
-
-
-def listen(host: str, port: int) -> socket.socket:
-    """Return a socket that is bound to the address. Raises ConfigError."""
-    try:
-        family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-        return socket.create_server(address[:2], family=family, backlog=2048)
-    except OSError as exc:
-        text = f"cannot listen on {host}:{port}: {exc.strerror or exc}; --port takes another one"
-        raise ConfigError(text) from exc
-
-
-def url_of(listener: socket.socket) -> str:
-    host, port = listener.getsockname()[:2]
-    return Upstream("http", host, port).url
-
-
-def check_loop(listener: socket.socket, upstream: Upstream) -> None:
-    """Raise ConfigError if the upstream is the very address that the proxy listens on."""
-    host, port = listener.getsockname()[:2]
-    try:
-        theirs = {info[4][0] for info in socket.getaddrinfo(upstream.host, upstream.port)}
-    except OSError:
-        return  # no such name: every request will say so
-    everywhere = host in ("0.0.0.0", "::") and any(map(is_mine, map(str, theirs)))
-    if port == upstream.port and (host in theirs or everywhere):
-        raise ConfigError(f"upstream.url: {upstream.url} is this proxy itself, it must be Ollama")
 
 
 def parse_flags(arguments: list[str] | None) -> argparse.Namespace:

@@ -1,4 +1,4 @@
-"""Server: how uvicorn serves us, for `osp.py`, the tests and the bench.
+"""Server: the listening side, on uvicorn, for `osp.py`, the tests and the bench.
 
 A request that offers an upgrade (`Upgrade: h2c`, as Java's client does with every POST) is served
 as if it had not. h11 does so by itself; httptools stops behind the head and uvicorn loses the body,
@@ -7,7 +7,16 @@ so `Protocol` goes on with a new parser, which is told the framing and then read
 
 from __future__ import annotations
 
+import signal
+import socket
+from types import FrameType
 from typing import Any
+
+import uvicorn
+
+from kernel.config import Upstream
+from kernel.errors import ConfigError
+from kernel.guard import is_mine
 
 SETTINGS: dict[str, Any] = {
     "lifespan": "on",  # auto would hide what goes wrong in it
@@ -20,6 +29,44 @@ SETTINGS: dict[str, Any] = {
     "timeout_keep_alive": 75,  # clients keep connections longer than uvicorn's 5 seconds
     "h11_max_incomplete_event_size": 2**20,  # Go takes headers of a megabyte, too
 }
+
+
+class Server(uvicorn.Server):
+    """uvicorn, but a signal that was obeyed is not raised again, and a second one ends it all."""
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        if self.should_exit:
+            signal.signal(sig, signal.SIG_DFL)
+            signal.raise_signal(sig)
+        self.should_exit = True
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """Return a socket that is bound to the address. Raises ConfigError."""
+    try:
+        family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        return socket.create_server(address[:2], family=family, backlog=2048)
+    except OSError as exc:
+        text = f"cannot listen on {host}:{port}: {exc.strerror or exc}; --port takes another one"
+        raise ConfigError(text) from exc
+
+
+def url_of(listener: socket.socket) -> str:
+    host, port = listener.getsockname()[:2]
+    return Upstream("http", host, port).url
+
+
+def check_loop(listener: socket.socket, upstream: Upstream) -> None:
+    """Raise ConfigError if the upstream is the very address that the proxy listens on."""
+    host, port = listener.getsockname()[:2]
+    try:
+        theirs = {info[4][0] for info in socket.getaddrinfo(upstream.host, upstream.port)}
+    except OSError:
+        return  # no such name: every request will say so
+    everywhere = host in ("0.0.0.0", "::") and any(map(is_mine, map(str, theirs)))
+    if port == upstream.port and (host in theirs or everywhere):
+        raise ConfigError(f"upstream.url: {upstream.url} is this proxy itself, it must be Ollama")
+
 
 try:
     import httptools
