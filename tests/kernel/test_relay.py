@@ -257,3 +257,29 @@ async def test_headers_without_a_body_for_a_while_are_waited_for(plugins: Path) 
             assert answer.status_code == 200
             go.set()
             assert await answer.aread() == b"ok"
+
+
+@pytest.mark.parametrize(
+    ("target", "host", "sent"),
+    [
+        (b"/x#y", b"localhost", b"/x#y"),
+        (b"/x?a#b?c", b"localhost", b"/x?a#b?c"),
+        (b"http://localhost:1/x?y", b"evil.example", b"/x?y"),
+        (b"http://evil.example/x", b"localhost", None),
+    ],
+)
+async def test_a_target_goes_on_as_bytes_and_its_authority_counts_more_than_host(
+    plugins: Path, target: bytes, host: bytes, sent: bytes | None
+) -> None:
+    heads: list[bytes] = []
+
+    async def serve(reader: Reader, writer: Writer, head: bytes) -> None:
+        heads.append(head.split(b" ")[1])
+        writer.write(HEAD + b"Content-Length: 0\r\n\r\n")
+
+    async with raw_upstream(serve) as upstream, running(upstream, plugins) as client:
+        async with raw_client(client) as (reader, writer):
+            writer.write(b"GET %s HTTP/1.1\r\nHost: %s\r\n\r\n" % (target, host))
+            status = (await reader.readuntil(b"\r\n\r\n")).split(b" ")[1]
+
+    assert (heads, status) == (([sent], b"200") if sent else ([], b"403"))
