@@ -76,7 +76,7 @@ class TurnReader:
         about = self.typed.help_wanted(text_of(last_user(payload) or {}))
         typed, stripped = self.strip(payload)
         always = self.always(payload["model"])
-        touched = strict or typed or stripped or always or about is not None
+        touched = strict or stripped or always or about is not None
         if not touched and header is None and suffix is None:
             return None
         turn = Turn(payload, unique([*strict, *typed]))
@@ -129,7 +129,7 @@ class TurnReader:
                 if command in strict:
                     raise
                 turn.reply = f"{exc}\n\n{self.help(plugin.name)}"
-                return
+                return turn.runs.clear()  # nobody else has a say in this
             request_id = facts(scope).request_id
             context = Context(
                 request_id,

@@ -277,7 +277,7 @@ async def test_a_wrong_argument_is_answered_with_what_is_right(
 ) -> None:
     async with running(ollama_url, agents) as client:
         wrong_type = await ask(client, "/api/chat", "/note:n=many x")
-        wrong_name = await ask(client, "/api/chat", "/note:colour=red x")
+        wrong_name = await ask(client, "/api/chat", "/shout /note:colour=red x")
 
     assert wrong_type.startswith("note: n must be a whole number, not 'many'\n\n/note: Adds")
     assert wrong_name.startswith("note: 'colour=red' is no argument here; known are: text, n\n\n")
