@@ -29,6 +29,7 @@ logger = logging.getLogger(__name__)
 
 REQUEST_ID = re.compile(rb"[A-Za-z0-9._-]{1,64}")
 PLAIN = re.compile(r"[\w.:/;+-]+", re.ASCII)
+LONGEST = 500  # signs of a path or a model's name in the log: both are the client's
 TAIL = 1024  # bytes at the end of an answer in which its counters stand
 
 
@@ -111,7 +112,8 @@ class AccessLog:
 
 
 def log_request(scope: Scope, known: Facts, seconds: float) -> None:
-    fields = {"request_id": known.request_id, "method": scope["method"], "path": scope["path"]}
+    path, known.model = scope["path"][:LONGEST], known.model[:LONGEST]
+    fields = {"request_id": known.request_id, "method": scope["method"], "path": path}
     fields |= {"status": known.status, "ms": round(seconds * 1000, 1), "outcome": known.outcome}
     fields |= {key: getattr(known, key) for key in ("model", "agents") if getattr(known, key)}
     logger.info("request", extra={"fields": fields})

@@ -32,7 +32,7 @@ def outcomes(answer: httpx.Response) -> list[list[str]]:
 
 @pytest.mark.parametrize("path", PATHS)
 def test_rag_names_its_sources_under_the_answer(
-    http: httpx.Client, direct: str, proxied: str, path: str
+    http: httpx.Client, proxied: str, path: str
 ) -> None:
     for stream in (True, False):
         answer = http.post(proxied + path, json=body(f"/rag {QUESTION}", stream=stream))

@@ -343,3 +343,9 @@ async def test_beside_a_closed_path_all_is_open(
             assert (await ask(client.base_url, "Host: localhost", target=target))[0] == 200
 
     assert [asked.target for asked in ollama.asked] == targets
+
+
+async def test_an_endless_origin_is_a_foreign_one(local: httpx.URL) -> None:
+    origin = "app://" + "x" * 9000
+
+    assert await ask(local, "Host: localhost", f"Origin: {origin}", target="/health") == (403, b"")

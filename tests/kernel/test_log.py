@@ -242,3 +242,17 @@ def test_records_of_others_have_no_fields_and_are_shown_too() -> None:
 
     assert TextFormatter().format(other).endswith(" hello you")
     assert json.loads(JsonFormatter().format(other))["event"] == "hello you"
+
+
+async def test_a_line_does_not_grow_with_what_a_client_sends(
+    ollama: FakeOllama, ollama_url: str, plugins: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
+    ollama.answers(b"{}")
+
+    async with running(ollama_url, plugins) as client:
+        await client.post("/api/chat", json=turn("x") | {"model": "m" * 9000})
+        await client.get("/" + "p" * 9000)
+
+    lines = [r.fields for r in caplog.records if r.message == "request"]  # type: ignore[attr-defined]
+    assert [len(str(fields)) < 1000 for fields in lines] == [True, True]
