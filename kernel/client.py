@@ -13,6 +13,7 @@ import json
 from collections.abc import AsyncIterable, AsyncIterator, Iterator
 from contextlib import aclosing, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Self
 
 import httpx
@@ -21,6 +22,18 @@ from kernel.config import Upstream
 from kernel.errors import UpstreamConnectionError, UpstreamError, UpstreamTimeout
 
 Headers = list[tuple[bytes, bytes]]
+Body = bytes | AsyncIterable[bytes] | None
+
+# What may be sent again when a kept connection turns out to be dead
+SAFE = ("GET", "HEAD", "OPTIONS")
+REPEATABLE = (
+    b"/api/chat /api/generate /api/embed /api/embeddings /api/show"
+    b" /v1/chat/completions /v1/completions /v1/embeddings".split()
+)
+
+
+class KeptConnectionDied(httpx.NetworkError):
+    """The connection was not a new one, and broke off before an answer began."""
 
 
 @dataclass(slots=True)
@@ -75,24 +88,42 @@ class OllamaClient:
         method: str,
         target: bytes,
         headers: Headers,
-        body: bytes | AsyncIterable[bytes] | None = None,
+        body: Body = None,
     ) -> Answer:
         """Send a request as it is and return when its answer begins.
 
         `target` is the raw path and query; Host is added. Raises UpstreamConnectionError,
         UpstreamTimeout or UpstreamError; what iterating over `body` raises comes out unchanged.
         """
-        url = self.upstream.url
-        request = httpx.Request(
-            method,
-            url,
-            headers=[(b"host", self.upstream.authority.encode()), *headers],
-            content=body,
-            # httpx would quote and normalise a URL; the extension keeps the target's bytes.
-            extensions={"timeout": self._timeouts, "target": self.upstream.base.encode() + target},
-        )
-        with translated(url):
+        # httpx would quote and normalise a URL; the extension keeps the target's bytes.
+        extensions = {"timeout": self._timeouts, "target": self.upstream.base.encode() + target}
+        host = (b"host", self.upstream.authority.encode())
+        send = partial(self._send, method, [host, *headers], body, extensions)
+        with translated(self.upstream.url):
+            try:
+                return await send()
+            except KeptConnectionDied:
+                # Nothing of an answer came, perhaps because nobody was there any more to read the
+                # request. Once more, where the bytes are still here and running twice does no harm.
+                path = target.partition(b"?")[0]
+                if isinstance(body, AsyncIterable) or not (method in SAFE or path in REPEATABLE):
+                    raise
+                return await send()
+
+    async def _send(
+        self, method: str, headers: Headers, body: Body, extensions: dict[str, Any]
+    ) -> Answer:
+        connected: list[str] = []
+
+        async def trace(event: str, info: object) -> None:
+            connected.extend([event] if event.startswith("connection.connect_") else [])
+
+        url, extensions = self.upstream.url, {**extensions, "trace": trace}
+        request = httpx.Request(method, url, headers=headers, content=body, extensions=extensions)
+        try:
             response = await self._transport.handle_async_request(request)
+        except (httpx.NetworkError, httpx.RemoteProtocolError) as exc:
+            raise exc if connected else KeptConnectionDied(str(exc)) from exc
         assert isinstance(response.stream, httpx.AsyncByteStream)
         return Answer(response.status_code, response.headers.raw, response.stream, url)
 

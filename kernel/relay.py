@@ -51,7 +51,7 @@ async def forward(
     Raises UpstreamError as long as nothing was answered, and ClientDisconnected.
     """
     target, headers = target_of(scope), request_headers(scope, client)
-    body = upload if upload.expected else None
+    body = await upload.at_once() if upload.expected else None
     with Watch(receive, after=upload):
         async with aclosing(await client.forward(scope["method"], target, headers, body)) as answer:
             await relay(answer, send)
@@ -91,6 +91,12 @@ class Upload:
             self._kept.append(await self._next())
             size += len(self._kept[-1])
         return b"".join(self._kept) if size <= limit else None
+
+    async def at_once(self) -> bytes | Self:
+        """Return the body as bytes where it came in one message, else this, to iterate over."""
+        if not self.done.is_set() and not self._kept:
+            self._kept.append(await self._next())
+        return b"".join(self._kept) if self.done.is_set() else self
 
     async def __aiter__(self) -> AsyncIterator[bytes]:
         while self._kept:
@@ -175,8 +181,8 @@ def request_headers(scope: Scope, client: OllamaClient) -> Headers:
 def response_headers(answer: Answer) -> Headers:
     """Return the headers that go to the client: Ollama's own, less the hop-by-hop ones."""
     dropped = ends_here(answer.headers)
-    if answer.status in (204, 304):
-        dropped |= {b"content-length"}  # uvicorn would wait for a body
+    if answer.status in (204, 304) or answer.header(b"transfer-encoding"):
+        dropped |= {b"content-length"}  # it is not the body's: uvicorn would take it for that
     return [pair for pair in answer.headers if pair[0].lower() not in dropped]
 
 

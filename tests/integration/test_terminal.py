@@ -15,7 +15,7 @@ termios = pytest.importorskip("termios", reason="needs a pseudo-terminal")
 
 PROMPT = b"Send a message"
 PATIENCE = 20.0  # seconds
-ESCAPES = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]|\r")
+ESCAPES = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]|\r|[\u2800-\u28ff] ")  # and a spinner's frames
 UNTIL = re.compile(r"(About an?|Less than a|\d+) \w+ from now *")  # the clock goes on
 COMMANDS = [
     ["list"],
