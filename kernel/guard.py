@@ -34,6 +34,9 @@ ORIGINS = [  # envconfig.AllowedOrigins in Ollama's sources
 ]  # fmt: skip
 PLAIN = (b"content-type", b"text/plain; charset=utf-8")
 LONGEST = 300  # of an origin that is copied into an answer: a name has 253 at most
+# As Go's net.SplitHostPort does it: [::1] without a port stays as it is, and then is no address.
+SPLIT = re.compile(r"\[([^\[\]]*)\]:[^:\[\]]*|([^:\[\]]*):[^:\[\]]*")
+VALID = re.compile(r"[A-Za-z0-9!$%&'()*+,\-.:;=\[\]_~]*")  # httpguts.ValidHostHeader
 SECRETS = (b"authorization", b"x-api-key")
 
 
@@ -60,7 +63,7 @@ class Guard:
                 self.check_key(scope)
             except BadRequest as exc:  # net/http's words, and like it the end of the connection
                 headers = [PLAIN, (b"connection", b"close")]
-                return await respond(scope, send, 400, headers, f"400 Bad Request: {exc}".encode())
+                return await respond(scope, send, 400, headers, f"400 Bad Request{exc}".encode())
             except NotAllowed as exc:
                 if not str(exc):
                     return await respond(scope, send, exc.status, [], b"")  # as Ollama does
@@ -71,8 +74,10 @@ class Guard:
         """Raise BadRequest or an empty NotAllowed; leave in the facts what the origin may do."""
         hosts = values(scope, b"host")
         if len(hosts) > 1 or (not hosts and scope["http_version"] != "1.0"):
-            raise BadRequest("too many Host headers" if hosts else "missing required Host header")
+            raise BadRequest("" if hosts else ": missing required Host header")
         host = hosts[0] if hosts else ""
+        if not VALID.fullmatch(host):
+            raise BadRequest(": malformed Host header")
         own, known = scope["path"] in self.own, facts(scope)
         if (self.loopback or own) and not self.allowed_host(host_name(host).lower()):
             raise NotAllowed
@@ -123,11 +128,9 @@ def same(key: str, value: str) -> bool:
 
 
 def host_name(host: str) -> str:
-    """Return the name of a Host header without its port, as Go's net.SplitHostPort does."""
-    if host.startswith("["):
-        return host[1:].partition("]")[0]
-    name, _, _ = host.rpartition(":")
-    return name if name and ":" not in name else "" if host.startswith(":") else host
+    """Return the name of a Host header without its port, and all of it where Go sees no port."""
+    split = SPLIT.fullmatch(host)
+    return (split[1] or split[2] or "") if split else host
 
 
 def is_near(name: str) -> bool:

@@ -17,13 +17,14 @@ from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
 
 from kernel import relay
-from kernel.client import Answer, Headers, OllamaClient
+from kernel.client import OllamaClient
 from kernel.config import ChainConfig, CommandsConfig
 from kernel.dialects import JSON, OLLAMA, OPENAI, Dialect, FrameSplitter, dumps, error_object
 from kernel.errors import Aborted, BadRequest, BrokenAnswer, UpstreamError
 from kernel.log import facts
 from kernel.metrics import Metrics
 from kernel.registry import PluginRegistry
+from kernel.transport import Answer, Headers
 from slices.chat.chain import notice, response_order, run_requests, summary
 from slices.chat.commands import Grammar
 from slices.chat.editor import Editor, Stage

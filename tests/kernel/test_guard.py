@@ -68,8 +68,16 @@ def agents(plugins: Path) -> Path:
         "pi.local",
         "x.internal:1",
     ]
-    + ["127.0.0.1", "127.1.2.3:80", "[::1]", "[::1]:11435", "::1", "[::ffff:127.0.0.1]", "0.0.0.0"]
-    + ["10.1.2.3", "172.16.0.1", "192.168.1.2:80", "[fd00::1]", "pi.lan", "PI.lan:80"]
+    + [
+        "127.0.0.1",
+        "127.1.2.3:80",
+        "[::1]:1",
+        "[::1]:11435",
+        "::1",
+        "[::ffff:127.0.0.1]:1",
+        "0.0.0.0",
+    ]
+    + ["10.1.2.3", "172.16.0.1", "192.168.1.2:80", "[fd00::1]:1", "pi.lan", "PI.lan:80"]
     + [socket.gethostname(), f"{socket.gethostname().upper()}:1"],
 )
 async def test_a_host_near_by_is_let_in(local: httpx.URL, host: str) -> None:

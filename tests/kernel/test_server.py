@@ -8,7 +8,6 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Any
 
-import httptools
 import pytest
 
 import demo
@@ -89,4 +88,6 @@ async def test_garbage_behind_an_upgrade_is_a_400() -> None:
 
 
 def test_httptools_serves_where_it_is_installed() -> None:
-    assert httptools and SETTINGS["http"].__name__ == "Protocol"
+    pytest.importorskip("httptools")
+
+    assert SETTINGS["http"].__name__ == "Protocol"
