@@ -57,6 +57,7 @@ class Guard:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "http":
+            unfold(scope)
             try:
                 self.check_host_and_origin(scope)
                 self.check_path(scope["path"])
@@ -117,6 +118,17 @@ class Guard:
             text = "a key is needed here: Authorization: Bearer KEY, or x-api-key: KEY"
             raise NotAllowed(text, status=401)
         scope["headers"] = [pair for pair in scope["headers"] if pair[0] not in SECRETS]
+
+
+def unfold(scope: Scope) -> None:
+    """Turn a target in absolute form into path and Host, which it overrides (RFC 9112, 3.2.2)."""
+    _, absolute, rest = scope["raw_path"].partition(b"://")
+    if absolute and not scope["raw_path"].startswith(b"/"):
+        authority, _, path = rest.partition(b"/")
+        scope["raw_path"] = b"/" + path
+        scope["path"] = unquote(scope["raw_path"].decode("latin-1"))
+        others = [pair for pair in scope["headers"] if pair[0] != b"host"]
+        scope["headers"] = [(b"host", authority), *others]
 
 
 def values(scope: Scope, name: bytes) -> list[str]:

@@ -94,19 +94,10 @@ else:
                 self._feed(head + data[offered.args[0] :])
 
         def on_headers_complete(self) -> None:
-            """Keep the target's bytes, of which uvicorn drops a fragment.
-
-            Of a target in absolute form the authority counts, and Host does not (RFC 9112, 3.2.2).
-            """
+            """Keep the bytes of the target, as h11 does; uvicorn drops what it does not use."""
             super().on_headers_complete()
             path, _, query = self.url.partition(b"?")
-            if path.startswith(b"/"):
-                self.scope["raw_path"], self.scope["query_string"] = path, query
-            elif b"://" in path:
-                authority = path.partition(b"://")[2].partition(b"/")[0]
-                hosts = [pair for pair in self.headers if pair[0] == b"host"]
-                self.headers[:] = [pair for pair in self.headers if pair not in hosts]
-                self.headers.append((b"host", authority))
+            self.scope["raw_path"], self.scope["query_string"] = path, query
 
         def on_message_complete(self) -> None:
             if not (self.parser.should_upgrade() and self._framing()):  # else its body comes yet
