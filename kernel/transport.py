@@ -38,7 +38,7 @@ HEAD_LIMIT = 2**20  # bytes of a head, as Go allows
 IDLE = 64  # connections that are kept
 # What may be sent again when a kept connection turns out to be dead
 SAFE = (b"GET", b"HEAD", b"OPTIONS")
-REPEATABLE = (
+REPEATABLE = tuple(
     b"/api/chat /api/generate /api/embed /api/embeddings /api/show"
     b" /v1/chat/completions /v1/completions /v1/embeddings".split()
 )
@@ -61,7 +61,7 @@ class Transport:
         except BrokeOff as exc:
             # Nothing of an answer came, perhaps because nobody was there any more to read the
             # request. Once more, where the bytes are still here and running twice does no harm.
-            twice = method in SAFE or target.partition(b"?")[0] in REPEATABLE
+            twice = method in SAFE or target.partition(b"?")[0].endswith(REPEATABLE)
             if connection is None or exc.begun or isinstance(body, AsyncIterable) or not twice:
                 raise
             return await self._exchange(None, method, target, headers, body)

@@ -16,6 +16,7 @@ import pytest
 import demo
 import osp
 from kernel.config import AccessConfig, Config, PluginsConfig, ServerConfig, UpstreamConfig
+from kernel.server import SETTINGS
 from tests.support import FakeOllama, done, running, turn, write_agent
 
 OWN = ["/health", "/plugins", "/metrics"]
@@ -104,7 +105,7 @@ async def test_http_1_1_needs_one_host_and_1_0_none(local: httpx.URL) -> None:
     assert (await ask(local, version="1.0"))[0] == 200
 
 
-@pytest.mark.parametrize("target", ["/%68ealth", "http://localhost/health", "/health?x=1"])
+@pytest.mark.parametrize("target", ["/%68ealth", "http://evil.example/health", "/health?x=1"])
 async def test_another_spelling_of_an_own_endpoint_is_checked_too(
     demo_url: str, plugins: Path, target: str
 ) -> None:
@@ -131,7 +132,7 @@ async def everywhere(upstream: str, plugins: Path) -> AsyncIterator[httpx.URL]:
         plugins=PluginsConfig(dirs=(plugins,)),
         access=AccessConfig(hosts=("pi.lan",)),
     )
-    async with demo.serve(osp.create_app(config)) as url:
+    async with demo.serve(osp.create_app(config), **SETTINGS) as url:
         yield httpx.URL(url)
 
 
