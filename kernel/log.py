@@ -164,5 +164,5 @@ def configure(level: str, style: str) -> None:
     handler.setFormatter(TextFormatter() if person else JsonFormatter())
     handler.addFilter(not_ours)
     logging.basicConfig(level=level.upper(), handlers=[handler], force=True)
-    for name in ("uvicorn", "httpx", "httpcore", "asyncio"):
+    for name in ("uvicorn", "asyncio"):
         logging.getLogger(name).setLevel(max(logging.WARNING, logging.getLevelName(level.upper())))

@@ -40,7 +40,7 @@ ADVICE = {
     "demo": "demo.py imports nothing of ours: it stands for a server that knows nothing of us",
     "osp": "osp.py is what tests are about, and does not need them",
 }
-ONLY_CLIENT = "httpx is kernel/client.py's: ask OllamaClient, or an agent's context, instead"
+NO_HTTPX = "httpx is for the tests: ask OllamaClient, or an agent's context, instead"
 ONLY_OSP = "the environment is read in osp.py: take a value as an argument, or a setting '$NAME'"
 
 
@@ -123,7 +123,7 @@ def wrong(module: str, item: Import) -> str:
     """Return what to do instead of this import, or nothing where it is right."""
     part, target = module.partition(".")[0], item.target.partition(".")[0]
     if target == "httpx":
-        return "" if module == "kernel.client" else ONLY_CLIENT
+        return NO_HTTPX
     if target not in OURS:
         return ""
     home = ".".join(module.split(".")[:2])
@@ -207,7 +207,7 @@ TREE = {
     "demo.py": "import json",
     "kernel/__init__.py": "",
     "kernel/agent.py": "from kernel.client import Client",
-    "kernel/client.py": "import httpx\nfrom kernel import errors",
+    "kernel/client.py": "import json\nfrom kernel import errors",
     "kernel/errors.py": "",
     "slices/__init__.py": "",
     "slices/chat/__init__.py": "from kernel import agent\nfrom slices.chat import turn",
@@ -276,9 +276,9 @@ PLUGIN, SLICE, KERNEL = ADVICE["plugins"], ADVICE["slices"], ADVICE["kernel"]
         ("kernel/errors.py", "from kernel import errors", "a cycle; move"),
         ("demo.py", "from kernel.config import HOME", ADVICE["demo"]),
         ("osp.py", "from tests import support", ADVICE["osp"]),
-        ("slices/tags.py", "import httpx", ONLY_CLIENT),
-        ("kernel/agent.py", LATE.format("from httpx import AsyncClient"), ONLY_CLIENT),
-        ("osp.py", "__import__('httpx')", ONLY_CLIENT),
+        ("slices/tags.py", "import httpx", NO_HTTPX),
+        ("kernel/agent.py", LATE.format("from httpx import AsyncClient"), NO_HTTPX),
+        ("osp.py", "__import__('httpx')", NO_HTTPX),
         ("kernel/errors.py", "import os\nhome = os.environ['HOME']", ONLY_OSP),
         ("kernel/errors.py", "import os as system", ONLY_OSP),
         ("slices/tags.py", "from os import environ", ONLY_OSP),
