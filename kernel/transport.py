@@ -35,6 +35,7 @@ Body = bytes | AsyncIterable[bytes] | None
 
 HIGH = 2**18  # bytes of an answer that wait for the client before the upstream has to
 HEAD_LIMIT = 2**20  # bytes of a head, as Go allows
+FRAMING = (b"content-length", b"transfer-encoding")
 IDLE = 64  # connections that are kept
 # What may be sent again when a kept connection turns out to be dead
 SAFE = (b"GET", b"HEAD", b"OPTIONS")
@@ -191,6 +192,7 @@ class Answer:
         self._chunks: list[bytes] = []
         self._size = 0
         self._came = self._complete = self._keep = self._paused = False
+        self._until_close = False  # the answer has no framing: the connection's end is its end
         self._sent = True
         connection.answer = self
 
@@ -274,7 +276,7 @@ class Answer:
 
     def end(self, exc: Exception | None) -> None:
         """Take the end of the connection; a clean one ends an answer that has no other end."""
-        if not exc and self.status and self._parser and self._parser.until_close:
+        if not exc and self._until_close:
             self._complete = True
             self._detach(reusable=False)
             return self._wake()
@@ -282,12 +284,16 @@ class Answer:
         error.begun = self._came
         self._fail(error)
 
-    def on_head(self, status: int, headers: Headers, coding: bytes) -> None:
+    def on_head(self, status: int, headers: Headers) -> None:
+        """Take the head of the answer itself, not of a 1xx before it. Raises UpstreamError."""
+        framing = [(k.lower(), v.lower()) for k, v in headers if k.lower() in FRAMING]
+        codings = [value for name, value in framing if name == b"transfer-encoding"]
         if status == 101 or not 100 <= status <= 599:
             raise UpstreamError(f"answered the status {status}")
-        if coding not in (b"", b"chunked"):
-            raise UpstreamError(f"answered in the coding {coding!r}")
+        if codings not in ([], [b"chunked"]):
+            raise UpstreamError(f"answered in the coding {b', '.join(codings)!r}")
         self.headers, self.status = headers, status
+        self._until_close = not framing
         if self._bodiless:
             self.on_complete(keep=True)
 
@@ -345,8 +351,6 @@ class Answer:
 
 
 class Parser(Protocol):
-    until_close: bool  # the answer has no framing: the end of the connection is its end
-
     def feed(self, data: bytes) -> None: ...
 
     def drop(self) -> None: ...
@@ -356,15 +360,8 @@ def make_parser(answer: Answer, method: bytes) -> Parser:
     return HttptoolsParser(answer) if httptools else H11Parser(answer, method)
 
 
-def coding_of(headers: Headers) -> bytes:
-    codings = [value.lower() for name, value in headers if name.lower() == b"transfer-encoding"]
-    return b", ".join(codings)
-
-
 class HttptoolsParser:
     """llhttp, which knows nothing of HEAD and of the end of a connection."""
-
-    until_close = False
 
     def __init__(self, answer: Answer) -> None:
         self._answer = answer
@@ -404,10 +401,7 @@ class HttptoolsParser:
         if self._final or (100 <= status < 200 and status != 101):
             return
         self._final = True
-        coding = coding_of(self._headers)
-        sized = any(name.lower() == b"content-length" for name, _ in self._headers)
-        self.until_close = not (coding or sized)
-        self._answer.on_head(status, self._headers, coding)
+        self._answer.on_head(status, self._headers)
 
     def on_body(self, data: bytes) -> None:
         self._answer.on_body(data)
@@ -419,8 +413,6 @@ class HttptoolsParser:
 
 class H11Parser:
     """The parser that uvicorn always brings; it is told what was asked, so that it knows HEAD."""
-
-    until_close = False
 
     def __init__(self, answer: Answer, method: bytes) -> None:
         self._answer = answer
@@ -444,11 +436,7 @@ class H11Parser:
 
     def _take(self, event: Any) -> None:
         if isinstance(event, h11.Response):
-            headers = list(event.headers.raw_items())
-            coding = coding_of(headers)
-            sized = any(name.lower() == b"content-length" for name, _ in headers)
-            self.until_close = not (coding or sized)
-            self._answer.on_head(event.status_code, headers, coding)
+            self._answer.on_head(event.status_code, list(event.headers.raw_items()))
         elif isinstance(event, h11.Data):
             self._answer.on_body(bytes(event.data))
         elif isinstance(event, h11.EndOfMessage):

@@ -157,7 +157,7 @@ async def stalled(progress: list[int]) -> int:
         while anyio.current_time() - since < 0.4:
             if progress[-1] != seen:
                 seen, since = progress[-1], anyio.current_time()
-            await asyncio.sleep(0.02)
+            await asyncio.sleep(0.02)  # between two looks: that nothing happens is no event
     return seen
 
 

@@ -124,7 +124,7 @@ async def nothing(reader: Reader, writer: Writer, head: bytes) -> None:
 async def until(holds: Callable[[], object], seconds: float = LIMIT) -> None:
     with anyio.fail_after(seconds):
         while not holds():  # noqa: ASYNC110
-            await asyncio.sleep(0.005)
+            await asyncio.sleep(0.005)  # between two looks: a process tells nobody
 
 
 @pytest.fixture(scope="module")
@@ -383,6 +383,8 @@ NONSENSE = {
     "two lengths": STATUS + b"Content-Length: 2\r\nContent-Length: 3\r\n\r\nok!",
     "a length below zero": STATUS + b"Content-Length: -1\r\n\r\nok",
     "a coding that we cannot undo": STATUS + b"Transfer-Encoding: gzip, chunked\r\n\r\n0\r\n\r\n",
+    "the same in two lines": STATUS
+    + b"Transfer-Encoding: gzip\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n",
     "a header without a name": STATUS + b": x\r\nContent-Length: 0\r\n\r\n",
 }
 
