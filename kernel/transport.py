@@ -368,7 +368,7 @@ class HttptoolsParser:
         self._parser: Any = httptools.HttpResponseParser(self)
         self._headers: Headers = []
         self._size = 0
-        self._begun = self._final = False
+        self._final = False
 
     def feed(self, data: bytes) -> None:
         if not self._final:
