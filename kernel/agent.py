@@ -28,6 +28,7 @@ class BaseAgent:
     settings: Mapping[str, Any]  # the operator's, from config.json and osp.toml
     arguments: Mapping[str, Any]  # what this request asked for, defaults filled in, types checked
     context: Context  # this request
+    progress: str = ""  # of what `setup` began: set it on `self` there, GET /plugins shows it
     _data_dir: Path
 
     @property
@@ -109,13 +110,15 @@ class Clock:
 RUNNER_OPTIONS = ("num_ctx", "num_batch", "num_gpu", "main_gpu", "use_mmap", "num_thread")
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, kw_only=True)
 class Context:
     """One request, as one agent sees it."""
 
     request_id: str
     dialect: str  # "ollama" or "openai"
     stream: bool
+    asked: bool  # by the client; else the agent is always on
+    user: str  # one name for each of `access.keys`; "" where no key is needed
     state: dict[str, Any]  # shared by the agents of this request
     log: logging.LoggerAdapter[logging.Logger]
     payload: Payload = field(repr=False)  # as the client sent it, less the commands

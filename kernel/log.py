@@ -42,6 +42,7 @@ class Facts:
     outcome: str = "ok"
     model: str = ""
     agents: str = ""  # as X-OSP-Agents says it
+    user: str = ""  # who sent the key: a digest of it
     foreign: bool = False  # a web page sent it that Ollama would refuse: no agent for it
     cors: list[tuple[bytes, bytes]] = field(default_factory=list)  # for answers of our own
 

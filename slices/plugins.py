@@ -40,6 +40,7 @@ def described(name: str, plugin: Plugin, metrics: Metrics) -> dict[str, Any]:
         "priority": config.priority,
         "models": list(config.models),
         "on_error": config.on_error,
+        "progress": plugin.agent.progress if plugin.agent else "",
         "counts": metrics.agent(plugin.name),
     }
     if plugin.error:

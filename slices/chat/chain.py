@@ -32,7 +32,6 @@ class Run:
 
     plugin: Plugin
     agent: BaseAgent  # this request's own instance
-    asked: bool  # by the client; else it is always on
     limit: float  # seconds for each hook
     metrics: Metrics
     outcome: str = "ok"  # or error, timeout, reply, abort
@@ -135,6 +134,8 @@ def summary(runs: Sequence[Run]) -> str:
 
 def notice(runs: Sequence[Run]) -> str:
     """Return a line on the agents that were asked for and failed, or the empty string."""
-    failed = [run for run in runs if run.asked and run.outcome in ("error", "timeout")]
+    failed = [
+        run for run in runs if run.agent.context.asked and run.outcome in ("error", "timeout")
+    ]
     names = ", ".join(run.plugin.name for run in failed)
-    return f"\n\n[without {names}: it failed, the proxy's log says why]" if failed else ""
+    return f"\n\n[without {names}: it failed, the proxy's log says why]" if names else ""

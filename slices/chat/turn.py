@@ -130,19 +130,21 @@ class TurnReader:
                     raise
                 turn.reply = f"{exc}\n\n{self.help(plugin.name)}"
                 return turn.runs.clear()  # nobody else has a say in this
-            request_id = facts(scope).request_id
+            known = facts(scope)
             context = Context(
-                request_id,
-                self.dialect.name,
-                self.dialect.wants_stream(turn.payload),
-                state,
-                agent_log(plugin.name, request_id),
-                turn.payload,
-                self.client,
+                request_id=known.request_id,
+                dialect=self.dialect.name,
+                stream=self.dialect.wants_stream(turn.payload),
+                asked=command is not None,
+                user=known.user,
+                state=state,
+                log=agent_log(plugin.name, known.request_id),
+                payload=turn.payload,
+                client=self.client,
             )
             agent = plugin.instance(context, arguments)
             limit = plugin.config.timeout or self.timeout
-            turn.runs.append(Run(plugin, agent, command is not None, limit, self.metrics))
+            turn.runs.append(Run(plugin, agent, limit, self.metrics))
 
     def arguments(self, plugin: Plugin, command: Command | None) -> dict[str, Any]:
         if plugin.agent is None:

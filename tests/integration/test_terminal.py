@@ -59,9 +59,9 @@ def transcripts(
 ) -> tuple[list[object], list[object]]:
     """What each of COMMANDS did, in a row: directly, and through the proxy."""
 
-    def run(url: str, arguments: list[str]) -> object:
+    def run(url: str, command: list[str]) -> object:
         done = subprocess.run(
-            [binary, *arguments],
+            [binary, *command],
             cwd=folder,
             env=environment(folder, url),
             stdin=subprocess.DEVNULL,
@@ -70,7 +70,10 @@ def transcripts(
             timeout=PATIENCE,
         )
         error = ESCAPES.sub("", done.stderr) if done.returncode else ""  # else it is a spinner
-        return done.returncode, UNTIL.sub("", done.stdout), error.splitlines()[-1:]
+        output = UNTIL.sub("", done.stdout)
+        if command == ["ps"]:  # by the end of their stay, which two loaded at once may swap
+            output = "".join(sorted(output.splitlines(keepends=True)))
+        return done.returncode, output, error.splitlines()[-1:]
 
     one, other = ([run(url, command) for command in COMMANDS] for url in (direct, proxied))
     return one, other

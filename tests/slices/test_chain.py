@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import anyio
+import httpx
 import pytest
 
 from tests.support import FakeOllama, done, running, said, turn, write_agent
@@ -545,3 +546,37 @@ async def test_a_client_that_leaves_stops_the_chain(
 async def appears(file: Path) -> None:
     while not await anyio.Path(file).exists():
         await anyio.lowlevel.checkpoint()
+
+
+async def test_an_agent_knows_whether_it_was_asked_for(demo_url: str, plugins: Path) -> None:
+    code = """
+    class It(BaseAgent):
+        async def on_request(self, payload):
+            return add_context(payload, f"asked: {self.context.asked}")
+    """
+    write_agent(plugins, "it", code, always=True)
+
+    async with running(demo_url, plugins) as client:
+        answers = [await client.post("/api/chat", json=turn(t)) for t in ("hello", "/it hello")]
+
+    said_so = [said(answer.content) for answer in answers]
+    assert ["asked: False" in said_so[0], "asked: True" in said_so[1]] == [True, True]
+
+
+async def test_an_agent_can_tell_users_apart_but_sees_no_key(demo_url: str, plugins: Path) -> None:
+    code = """
+    class It(BaseAgent):
+        async def on_request(self, payload):
+            raise Reply(self.context.user)
+    """
+    write_agent(plugins, "it", code)
+
+    async def user(client: httpx.AsyncClient, key: str) -> str:
+        headers = {"authorization": f"Bearer {key}"}
+        return said((await client.post("/api/chat", json=turn("/it"), headers=headers)).content)
+
+    async with running(demo_url, plugins, access={"keys": ["sesame", "poppy"]}) as client:
+        users = [await user(client, key) for key in ("sesame", "poppy", "sesame")]
+
+    assert users[0] == users[2] != users[1]
+    assert users[0] and "sesame" not in users[0]

@@ -51,8 +51,18 @@ async def test_an_agent_that_is_loaded_is_described(demo_url: str, plugins: Path
         "priority": 1,
         "models": ["llama*"],
         "on_error": "skip",
+        "progress": "",
         "counts": {"activated": 0, "failures": 0},
     }
+
+
+async def test_what_setup_began_is_followed(demo_url: str, plugins: Path) -> None:
+    code = "class It(BaseAgent):\n    def setup(self): self.progress = '2 of 3 files'"
+    write_agent(plugins, "index", code)
+
+    about = (await listed(demo_url, plugins))["index"]
+
+    assert about["progress"] == "2 of 3 files"
 
 
 async def test_a_disabled_agent_is_listed(demo_url: str, plugins: Path) -> None:

@@ -129,6 +129,16 @@ async def edited(
 def run_of(agent: BaseAgent) -> Run:
     log = logging.LoggerAdapter(logging.getLogger("test"), {})
     client = OllamaClient(parse_upstream("127.0.0.1:1"), 1)
-    agent.context = Context("r", "ollama", True, {}, log, {"model": "m"}, client)
+    agent.context = Context(
+        request_id="r",
+        dialect="ollama",
+        stream=True,
+        asked=True,
+        user="",
+        state={},
+        log=log,
+        payload={"model": "m"},
+        client=client,
+    )
     hooks = tuple(vars(type(agent)))
-    return Run(Plugin("a", Path(), agent=agent, hooks=hooks), agent, True, 5, Metrics())
+    return Run(Plugin("a", Path(), agent=agent, hooks=hooks), agent, 5, Metrics())
