@@ -3,22 +3,32 @@
 Each hook runs in a plain asyncio task of its own, which is waited for as long as its clock allows
 and then cancelled and left behind: code that swallows its cancellation cannot hold a request (nor
 anyio's scopes, which cancel again and again). A `def` hook runs in a daemon thread, because a
-thread cannot be cancelled at all and must hold neither the loop nor the end of the process.
+thread cannot be cancelled at all and must hold neither the loop nor the end of the process. An
+`async def` without an `await` can neither wait nor be cancelled: it needs no task, and so a stream
+has none for each frame.
 """
 
 from __future__ import annotations
 
 import asyncio
+import dis
 import inspect
+import logging
 import threading
-from collections.abc import Callable
+import time
+import types
+from collections.abc import Callable, Coroutine, Generator
+from types import CodeType
 from typing import Any
 
 from kernel.agent import Abort, Clock, Reply
 from kernel.errors import PluginExecutionError, UpstreamError
 
+logger = logging.getLogger(__name__)
+
 THREADS = 2  # for one plugin at the same time: one that hangs fills its own places only
 BLINK = 0.01  # seconds: how soon after a pause of its clock a hook may be found late
+HELD_UP = 0.2  # seconds without an await, after which the log says so: nobody is served meanwhile
 
 
 class HookRunner:
@@ -27,26 +37,45 @@ class HookRunner:
     def __init__(self) -> None:
         self._places = asyncio.Semaphore(THREADS)
         self._left_behind: set[asyncio.Task[Any]] = set()  # asyncio itself holds tasks weakly
+        self._waits: dict[CodeType, bool] = {}
 
     async def run(self, hook: Callable[..., Any], *args: Any, clock: Clock) -> Any:
         """Return what `hook(*args)` returns, be it `def` or `async def`.
 
         Raises Reply and Abort as they come, and PluginExecutionError for everything else.
         """
-        task = asyncio.create_task(self._contained(hook, args, clock))
+        work = self._contained(hook, args, clock)
+        try:
+            result = await (self._in_task(work, clock) if self._may_wait(hook) else work)
+        except asyncio.CancelledError as exc:
+            if (task := asyncio.current_task()) and task.cancelling():
+                raise
+            raise PluginExecutionError("raised CancelledError") from exc
+        if clock.left() <= 0:
+            raise late(clock)
+        return result
+
+    def _may_wait(self, hook: Any) -> bool:
+        code = getattr(hook, "__code__", None)
+        if code is None or not inspect.iscoroutinefunction(hook):
+            return True
+        if code not in self._waits:
+            names = {instruction.opname for instruction in dis.get_instructions(code)}
+            self._waits[code] = not names.isdisjoint(("GET_AWAITABLE", "GET_ANEXT", "SEND"))
+        return self._waits[code]
+
+    async def _in_task(self, work: Coroutine[Any, Any, Any], clock: Clock) -> Any:
+        task = asyncio.create_task(work)
         try:
             while not task.done():
                 if clock.left() <= 0:
-                    text = f"took longer than {clock.limit:g} seconds"
-                    raise PluginExecutionError(text, outcome="timeout")
+                    raise late(clock)
                 await asyncio.wait({task}, timeout=max(clock.left(), BLINK))
         finally:
             if not task.done():
                 task.cancel()
                 self._left_behind.add(task)
                 task.add_done_callback(self._forget)
-        if task.cancelled():
-            raise PluginExecutionError("raised CancelledError")
         return task.result()
 
     def _forget(self, task: asyncio.Task[Any]) -> None:
@@ -57,7 +86,7 @@ class HookRunner:
     async def _contained(self, hook: Callable[..., Any], args: Any, clock: Clock) -> Any:
         try:
             if inspect.iscoroutinefunction(hook):
-                return await hook(*args)
+                return await timed(hook(*args))
             result = await self._in_thread(lambda: hook(*args), clock)
             return await result if inspect.isawaitable(result) else result
         except (Reply, Abort, PluginExecutionError):
@@ -92,3 +121,33 @@ class HookRunner:
         if error:
             raise error
         return result
+
+
+def late(clock: Clock) -> PluginExecutionError:
+    return PluginExecutionError(f"took longer than {clock.limit:g} seconds", outcome="timeout")
+
+
+@types.coroutine
+def timed(coroutine: Any) -> Generator[Any, Any, Any]:
+    """Run a hook, and say in the log when a step of it held everybody up."""
+    step, value = coroutine.send, None
+    while True:
+        began = time.perf_counter()
+        try:
+            awaited = step(value)
+        except StopIteration as stop:
+            return stop.value
+        finally:
+            if (took := time.perf_counter() - began) > HELD_UP:
+                complain(coroutine.cr_code, took)
+        try:
+            step, value = coroutine.send, (yield awaited)
+        except BaseException as exc:  # a cancellation, say: the hook's to take
+            step, value = coroutine.throw, exc
+
+
+def complain(code: CodeType, took: float) -> None:
+    cure = f"blocking code belongs into `def {code.co_name}`, which runs in a thread"
+    place = f"{code.co_filename}:{code.co_firstlineno}"
+    fields = {"where": place, "seconds": round(took, 1), "cure": cure}
+    logger.warning("agent held up everybody", extra={"fields": fields})
