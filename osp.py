@@ -18,6 +18,7 @@ from collections.abc import AsyncIterator, Mapping
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import uvicorn
 from starlette.routing import Router
@@ -31,7 +32,8 @@ from kernel.errors import ConfigError, UpstreamError
 from kernel.guard import Guard
 from kernel.log import AccessLog
 from kernel.metrics import Metrics
-from kernel.registry import PluginRegistry
+from kernel.models import Presets
+from kernel.registry import PluginRegistry, loaded
 from kernel.server import SETTINGS, Server, check_loop, listen, url_of
 from slices import (
     chat,
@@ -55,12 +57,13 @@ def create_app(config: Config, environ: Mapping[str, str] | None = None) -> ASGI
     client = OllamaClient(parse_upstream(config.upstream.url), config.upstream.connect_timeout)
     collector = Metrics()
     registry = PluginRegistry(config.plugins, config.agents, config.server.data, environ or {})
+    presets = Presets(config.presets, config.server.max_body)
 
     @asynccontextmanager
-    async def lifespan(app: object) -> AsyncIterator[None]:
+    async def lifespan(app: object) -> AsyncIterator[dict[str, Any]]:
         async with client, registry:
             await announce(client, registry)
-            yield
+            yield {"reload": registry.reload}  # what kernel/server.py does at SIGHUP
 
     own = [
         *health.routes(client, registry),
@@ -68,12 +71,10 @@ def create_app(config: Config, environ: Mapping[str, str] | None = None) -> ASGI
         *metrics.routes(collector),
     ]
     routes = [
-        *chat.routes(
-            client, registry, collector, config.chain, config.commands, config.server.max_body
-        ),
-        *generate.routes(client),
-        *embeddings.routes(client),
-        *tags.routes(client),
+        *chat.routes(client, registry, collector, presets, config.chain, config.commands),
+        *generate.routes(client, registry, presets),
+        *embeddings.routes(client, presets),
+        *tags.routes(client, presets),
         *own,
     ]
     router = Router(
@@ -95,8 +96,8 @@ async def announce(client: OllamaClient, registry: PluginRegistry) -> None:
     except UpstreamError as exc:
         fields["error"] = str(exc)
         logger.warning("upstream does not answer yet", extra={"fields": fields})
-    loaded = [name for name, plugin in registry.plugins.items() if plugin.agent]
-    logger.info("agents loaded", extra={"fields": {"agents": " ".join(loaded) or "none"}})
+    fields = {"agents": " ".join(loaded(registry.plugins)) or "none"}
+    logger.info("agents loaded", extra={"fields": fields})
 
 
 async def serve(

@@ -41,6 +41,7 @@ class UpstreamConfig:
 @dataclass(frozen=True, slots=True)
 class PluginsConfig:
     dirs: tuple[Path, ...] = (HOME / "plugins",)  # the first folder that has a command wins
+    watch: bool = False  # load an agent again when its files change
     only: tuple[str, ...] = ()  # these commands and no others (or OSP_PLUGINS; "off": none)
     setup_timeout: float = 60.0
 
@@ -71,6 +72,14 @@ class LogConfig:
 
 
 @dataclass(frozen=True, slots=True)
+class Preset:
+    """A name that clients find in their lists of models."""
+
+    model: str = ""  # what it stands for
+    agents: str = ""  # in a chat, as one would type them: "/rag:k=6 /translate:de"
+
+
+@dataclass(frozen=True, slots=True)
 class Config:
     server: ServerConfig = field(default_factory=ServerConfig)
     upstream: UpstreamConfig = field(default_factory=UpstreamConfig)
@@ -79,6 +88,7 @@ class Config:
     chain: ChainConfig = field(default_factory=ChainConfig)
     access: AccessConfig = field(default_factory=AccessConfig)
     log: LogConfig = field(default_factory=LogConfig)
+    presets: Mapping[str, Preset] = field(default_factory=dict)  # [presets."NAME"]
     agents: Settings = field(default_factory=dict)  # [agents.NAME] mirrors config.json
 
 
@@ -93,6 +103,9 @@ def load(file: Path | None, environ: Mapping[str, str], flags: Mapping[str, Sett
             config = replace(config, **{name: section})
     if any(sign.isspace() or sign.isalnum() for sign in config.commands.prefix):
         raise ConfigError("commands.prefix: letters, digits and spaces cannot begin a command")
+    for name, preset in config.presets.items():
+        if not preset.model or "+" in name:
+            raise ConfigError(f"presets.{name}: it must name a `model`, and have no + in its name")
     parse_upstream(config.upstream.url)
     return config
 
@@ -120,6 +133,8 @@ def convert(value: Any, hint: Any, where: str, base: Path) -> Any:
         return build(hint, value, where, base)  # type: ignore[arg-type]
     if origin is tuple and isinstance(value, list) and all(isinstance(v, str) for v in value):
         return tuple(convert(item, kinds[0], where, base) for item in value)
+    if origin is Mapping and isinstance(value, dict) and is_dataclass(kinds[1]):
+        return {k: convert(v, kinds[1], f"{where}.{k}", base) for k, v in value.items()}
     if origin is UnionType:
         return convert(value, kinds[0], where, base)
     if hint is Path and isinstance(value, str):

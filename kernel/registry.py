@@ -11,30 +11,37 @@ from __future__ import annotations
 import asyncio
 import copy
 import importlib.util
+import itertools
 import json
 import logging
 import re
 import secrets
 import sys
 import traceback
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
+from fnmatch import fnmatchcase
+from functools import partial
 from importlib.abc import MetaPathFinder
 from importlib.machinery import FileFinder, ModuleSpec, SourceFileLoader
 from pathlib import Path
 from types import CodeType, ModuleType
 from typing import Any, Literal, Self
 
+import kernel.agent
 from kernel.agent import BaseAgent, Clock, Context
 from kernel.config import PluginsConfig, Settings, build
-from kernel.errors import ConfigError, PluginExecutionError, PluginLoadError
+from kernel.errors import ConfigError, NotAllowed, PluginExecutionError, PluginLoadError
 from kernel.hooks import HookRunner
 
 logger = logging.getLogger(__name__)
 
 HOOKS = ("on_request", "on_response", "on_chunk", "on_end")
 RESERVED = ("help", "explain")  # commands that the proxy answers itself
+POLL = 0.5  # seconds between two looks at the files, where they are watched
 TEARDOWN = 5.0  # seconds: somebody waits for the end
+MUTABLE = (list, dict, set)
 NAME = re.compile(r"[a-z0-9][a-z0-9_-]*")
 
 
@@ -48,6 +55,7 @@ class AgentConfig:
     always: bool = False  # in play without being asked for
     priority: float = 0.0  # of those: lowest first
     models: tuple[str, ...] = ()  # of those: patterns of the models meant; empty: all
+    typed: bool = True  # false: not by the prompt, only by header, model suffix or preset
     on_error: Literal["skip", "abort"] = "skip"  # a failure: go on without it, or refuse
     timeout: float | None = None  # seconds for each hook; default: chain.timeout
     structured: bool = False  # its response hooks keep JSON valid
@@ -55,9 +63,9 @@ class AgentConfig:
     arguments: Settings = field(default_factory=dict)  # a prompt's, with their defaults
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class Plugin:
-    """One plugin, loaded or not: it always owns its name."""
+    """One plugin as it was loaded, or was not: it always owns its name."""
 
     name: str
     folder: Path
@@ -66,10 +74,20 @@ class Plugin:
     error: PluginLoadError | None = None
     hooks: tuple[str, ...] = ()  # those that it overrides
     runner: HookRunner = field(default_factory=HookRunner)
+    module: str = ""  # the name of its package
+    leases: int = 0  # requests that it takes part in
 
     @property
     def status(self) -> Literal["loaded", "failed", "disabled"]:
         return "loaded" if self.agent else "failed" if self.error else "disabled"
+
+    @property
+    def is_guard(self) -> bool:
+        return self.config.enabled and self.config.always and self.config.on_error == "abort"
+
+    @property
+    def responds(self) -> bool:
+        return not set(self.hooks).isdisjoint(("on_response", "on_chunk", "on_end"))
 
     @property
     def description(self) -> str:
@@ -98,16 +116,110 @@ class PluginRegistry:
         self._config = config
         self._data = data
         self._finder = SourceFinder(f"osp_{secrets.token_hex(4)}_")
-        self.plugins: Mapping[str, Plugin] = scan(config, agents, environ)
+        self._numbers = itertools.count(1)
+        self._scan = partial(scan, config, agents, environ)
+        self._reloading = asyncio.Lock()
+        self._watching: asyncio.Task[None] | None = None
+        self._burying: set[asyncio.Task[None]] = set()
+        self._retired: set[Plugin] = set()  # replaced, but requests are under way with them
+        self.plugins: Mapping[str, Plugin] = self._scan()
 
     async def __aenter__(self) -> Self:
         sys.meta_path.insert(0, self._finder)  # the ordinary finder would leave bytecode
+        before = stamps(self._config.dirs)
         await asyncio.gather(*(self._load(plugin) for plugin in self.plugins.values()))
+        if self._config.watch:
+            self._watching = asyncio.create_task(self._watch(before))
         return self
 
     async def __aexit__(self, *exc_info: object) -> None:
-        await asyncio.gather(*(self._teardown(plugin) for plugin in self.plugins.values()))
+        if self._watching:
+            self._watching.cancel()
+        everyone = [*self.plugins.values(), *self._retired]
+        await asyncio.gather(*self._burying, *(self._teardown(plugin) for plugin in everyone))
         sys.meta_path.remove(self._finder)
+
+    async def reload(self, unchanged: Collection[Path] = ()) -> None:
+        """Load all plugins again, but for those in the folders that are `unchanged`.
+
+        One that fails keeps its last good version. Requests under way go on with what they began
+        with, which is torn down when the last of them has ended.
+        """
+        async with self._reloading:
+            try:
+                found = self._scan()
+            except (ConfigError, OSError) as exc:
+                fields = {"error": str(exc)}
+                return logger.warning("plugins stay as they are", extra={"fields": fields})
+            before = {plugin.folder: (name, plugin) for name, plugin in self.plugins.items()}
+            fresh = [plugin for plugin in found.values() if plugin.folder not in unchanged]
+            await asyncio.gather(*(self._load(plugin) for plugin in fresh))
+            plugins: dict[str, Plugin] = {}
+            for name, plugin in found.items():
+                old_name, old = before.get(plugin.folder, (name, plugin))
+                if plugin not in fresh:
+                    name, plugin = old_name, old
+                elif plugin.error and old.agent:
+                    old.error = plugin.error
+                    name, plugin = old_name, old
+                plugins[name] = plugin
+            old_plugins, self.plugins = self.plugins, plugins
+            self._retired |= set(old_plugins.values()) - set(plugins.values())
+            self._bury()
+        fields = {"agents": " ".join(loaded(self.plugins)) or "none"}
+        logger.info("agents loaded", extra={"fields": fields})
+
+    @contextmanager
+    def lease(self, plugins: Sequence[Plugin]) -> Iterator[None]:
+        """Keep plugins from being torn down inside the block, in which a request is served."""
+        for plugin in plugins:
+            plugin.leases += 1
+        try:
+            yield
+        finally:
+            for plugin in plugins:
+                plugin.leases -= 1
+            if self._retired:
+                self._bury()
+
+    def _bury(self) -> None:
+        """Tear down what was replaced and is not in use any more."""
+        for plugin in [plugin for plugin in self._retired if not plugin.leases]:
+            self._retired.discard(plugin)
+            task = asyncio.create_task(self._teardown(plugin))
+            self._burying.add(task)
+            task.add_done_callback(self._burying.discard)
+
+    async def _watch(self, before: Stamps) -> None:
+        while True:
+            await asyncio.sleep(POLL)
+            now = await asyncio.to_thread(stamps, self._config.dirs)
+            if now != before:
+                unchanged = [folder for folder in now if now[folder] == before.get(folder)]
+                before = now
+                await self.reload(unchanged)
+
+    def always(self, model: str) -> list[Plugin]:
+        """Return the loaded agents that take part in every chat with a model, in their order."""
+        found = [p for p in self._bound(model) if p.agent]
+        return sorted(found, key=lambda plugin: (plugin.config.priority, plugin.name))
+
+    def guards(self, model: str | None = None) -> list[Plugin]:
+        """Return the agents that must see what a model (None: any) is asked, loaded or not.
+
+        Those are always on, and nothing may go on without them: `on_error = "abort"`.
+        """
+        return [plugin for plugin in self._bound(model) if plugin.is_guard]
+
+    def check_guards(self, model: str | None) -> None:
+        """Raise NotAllowed for a request that no agent sees, if a guard of its model had to."""
+        for guard in self.guards(model):
+            raise refusal(guard)
+
+    def _bound(self, model: str | None) -> list[Plugin]:
+        """Return what is always on for a model, or for any."""
+        on = [p for p in self.plugins.values() if p.config.always and p.config.enabled]
+        return [p for p in on if model is None or matches(model, p.config.models)]
 
     async def _load(self, plugin: Plugin) -> None:
         """Import, construct and set up; what goes wrong ends up in `plugin.error`."""
@@ -125,7 +237,8 @@ class PluginRegistry:
 
     def _make(self, plugin: Plugin) -> BaseAgent:
         """Import the plugin's code and return its agent; runs in a thread."""
-        name, folder = self._module(plugin), plugin.folder
+        folder = plugin.folder
+        name = plugin.module = f"{self._finder.prefix}{next(self._numbers)}_{folder.name}"
         loader = SourceOnly(name, str(folder / "agent.py"))
         spec = importlib.util.spec_from_loader(name, loader, is_package=True)
         assert spec
@@ -134,6 +247,11 @@ class PluginRegistry:
         sys.modules[name] = module  # before it runs: dataclasses look their module up
         loader.exec_module(module)
         kind = agent_class(module)
+        shared = [k for k, v in vars(kind).items() if k.islower() and isinstance(v, MUTABLE)]
+        if shared:
+            cure = "make it in on_request, or in setup if hooks only read it"
+            fields = {"agent": plugin.name, "attributes": " ".join(shared), "cure": cure}
+            logger.warning("agent's class is shared by all requests", extra={"fields": fields})
         agent = kind()
         plugin.hooks = tuple(h for h in HOOKS if getattr(kind, h) is not getattr(BaseAgent, h))
         try:
@@ -145,20 +263,32 @@ class PluginRegistry:
         return agent
 
     async def _teardown(self, plugin: Plugin) -> None:
+        agent, plugin.agent = plugin.agent, None
         try:
-            if plugin.agent:
-                await plugin.runner.run(plugin.agent.teardown, clock=Clock(TEARDOWN))
+            if agent:
+                await plugin.runner.run(agent.teardown, clock=Clock(TEARDOWN))
         except Exception as exc:  # the last word of foreign code; nothing depends on it
             complain("agent failed to tear down", plugin, load_error(exc, plugin.folder))
         self._forget(plugin)
 
-    def _module(self, plugin: Plugin) -> str:
-        return f"{self._finder.prefix}{id(plugin):x}_{plugin.folder.name}"
-
     def _forget(self, plugin: Plugin) -> None:
-        name = self._module(plugin)
+        name = plugin.module
         for key in [key for key in sys.modules if key == name or key.startswith(f"{name}.")]:
             del sys.modules[key]
+
+
+Stamps = dict[Path, list[tuple[str, int, int]]]
+
+
+def stamps(dirs: Sequence[Path]) -> Stamps:
+    """Return name, time and size of the files of each plugin that a reload would read anew."""
+    found: Stamps = {}
+    for folder in (folder for directory in dirs for folder in directory.glob("*/")):
+        files = [*folder.rglob("*.py"), folder / "config.json"]
+        with suppress(OSError):  # it may be gone again
+            known = [(str(file), file.stat()) for file in files if file.exists()]
+            found[folder] = sorted((name, stat.st_mtime_ns, stat.st_size) for name, stat in known)
+    return found
 
 
 def scan(config: PluginsConfig, agents: Settings, environ: Mapping[str, str]) -> dict[str, Plugin]:
@@ -176,6 +306,7 @@ def scan(config: PluginsConfig, agents: Settings, environ: Mapping[str, str]) ->
                 raise PluginLoadError(f"/{plugin.name} is {plugins[plugin.name].folder} already")
         except PluginLoadError as exc:
             plugin.error = exc
+            plugin.config = promised(folder, agents.get(name, {}))
         if not config.only or plugin.name in config.only:
             # The second of a command is listed under a name that nobody can type.
             taken = plugin.name in plugins or plugin.name in RESERVED
@@ -219,6 +350,36 @@ def read_config(folder: Path, overrides: Settings, environ: Mapping[str, str]) -
     return replace(declared, **{**top, "settings": settings, "arguments": arguments})
 
 
+def refusal(guard: Plugin) -> NotAllowed:
+    why = "cannot see this request" if guard.agent else "is not loaded"
+    return NotAllowed(f"the agent {guard.name} {why}, and nothing may pass without it")
+
+
+def promised(folder: Path, overrides: Settings) -> AgentConfig:
+    """Return what can be made out of settings that are wrong: is it meant to be a guard?"""
+    file = folder / "config.json"
+    text = file.read_text(encoding="utf-8", errors="replace") if file.is_file() else ""
+    always = overrides.get("always", '"always": true' in text)
+    on_error = overrides.get("on_error", "abort" if '"abort"' in text else "skip")
+    return AgentConfig(always=always is True, on_error="abort" if on_error == "abort" else "skip")
+
+
+def canonical(model: str) -> str:
+    """Return a model's name as Ollama takes it (ParseName in its types/model/name.go).
+
+    The registry, the library and the tag may be left out, and no case is told from another.
+    """
+    name = re.sub(r"^(?:\w+://)?(?:registry\.ollama\.ai/)?(?:library/)?", "", model.lower())
+    return name if ":" in name.rpartition("/")[2] else f"{name}:latest"
+
+
+def matches(model: str, patterns: Sequence[str]) -> bool:
+    """Tell whether one of the patterns means a model; none at all means every one."""
+    name = canonical(model)
+    names = {model.lower(), name, name.removesuffix(":latest")}
+    return not patterns or any(fnmatchcase(n, p.lower()) for n in names for p in patterns)
+
+
 def resolved(value: Any, environ: Mapping[str, str]) -> Any:
     """Return the environment's value for `"$NAME"`, and any other value as it is."""
     if not isinstance(value, str) or not re.fullmatch(r"\$[A-Za-z_]\w*", value):
@@ -250,7 +411,21 @@ def load_error(exc: BaseException, folder: Path) -> PluginLoadError:
     cause = exc.__cause__ or exc if isinstance(exc, PluginExecutionError) else exc
     where = place_of(cause, folder) or str(folder / "agent.py")
     kind = "PluginLoadError" if isinstance(cause, PluginExecutionError) else type(cause).__name__
-    return PluginLoadError(str(cause), kind, where)
+    return PluginLoadError(f"{cause}{cure(cause, folder)}", kind, where)
+
+
+def cure(exc: BaseException, folder: Path) -> str:
+    """Return what would mend the usual mistakes of an agent's author, or nothing."""
+    name = getattr(exc, "name", None) or ""
+    if isinstance(exc, ModuleNotFoundError):
+        if (folder / f"{name}.py").exists():
+            return f"; a file beside agent.py is imported with a dot: from .{name} import ..."
+        return f"; install it for the Python that runs the proxy: {sys.executable} -m pip install"
+    if isinstance(exc, NameError) and hasattr(kernel.agent, name):
+        return f"; is `from kernel.agent import {name}` missing?"
+    if isinstance(exc, NameError) and name in sys.stdlib_module_names:
+        return f"; is `import {name}` missing?"
+    return ""
 
 
 def place_of(exc: BaseException | None, folder: Path) -> str:
@@ -265,6 +440,11 @@ def place_of(exc: BaseException | None, folder: Path) -> str:
 def complain(event: str, plugin: Plugin, error: PluginLoadError) -> None:
     fields = {"agent": plugin.name, "error": f"{error.kind}: {error}", "where": error.where}
     logger.warning(event, extra={"fields": fields})
+
+
+def loaded(plugins: Mapping[str, Plugin]) -> list[str]:
+    """Return the names of those that can be asked for."""
+    return [name for name, plugin in plugins.items() if plugin.agent]
 
 
 class SourceOnly(SourceFileLoader):

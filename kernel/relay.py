@@ -13,7 +13,6 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Sequence
 from contextlib import aclosing
-from dataclasses import dataclass
 from typing import Self
 
 from starlette.types import Receive, Scope, Send
@@ -22,7 +21,7 @@ from kernel import dialects
 from kernel.client import OllamaClient
 from kernel.errors import BrokenAnswer, ClientDisconnected, OSPError, UpstreamError
 from kernel.log import facts
-from kernel.transport import Answer, Headers
+from kernel.transport import Answer, Body, Headers
 
 # RFC 9110 section 7.6.1, with the older names that Ollama's own proxy strips
 HOP_BY_HOP = frozenset(
@@ -31,28 +30,23 @@ HOP_BY_HOP = frozenset(
 )
 
 
-@dataclass(frozen=True, slots=True)
-class Forward:
-    """An ASGI endpoint that forwards unread whatever it is sent."""
-
-    client: OllamaClient
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        try:
-            await forward(self.client, scope, Upload(scope, receive), receive, send)
-        except UpstreamError as exc:
-            await refuse(scope, send, exc)
-
-
 async def forward(
-    client: OllamaClient, scope: Scope, upload: Upload, receive: Receive, send: Send
+    client: OllamaClient,
+    scope: Scope,
+    upload: Upload,
+    receive: Receive,
+    send: Send,
+    body: Body = None,
 ) -> None:
-    """Send the client's own request, and relay the answer.
+    """Send the client's own request, or `body` in the place of its body, and relay the answer.
 
     Raises UpstreamError as long as nothing was answered, and ClientDisconnected.
     """
     target, headers = target_of(scope), request_headers(scope, client)
-    body = await upload.at_once() if upload.expected else None
+    if body is not None:
+        headers = [pair for pair in headers if pair[0] != b"content-length"]
+    elif upload.expected:
+        body = await upload.at_once()
     with Watch(receive, after=upload):
         async with aclosing(await client.forward(scope["method"], target, headers, body)) as answer:
             await relay(answer, send)

@@ -7,6 +7,7 @@ so `Protocol` goes on with a new parser, which is told the framing and then read
 
 from __future__ import annotations
 
+import asyncio
 import signal
 import socket
 from types import FrameType
@@ -32,7 +33,18 @@ SETTINGS: dict[str, Any] = {
 
 
 class Server(uvicorn.Server):
-    """uvicorn, but a signal that was obeyed is not raised again, and a second one ends it all."""
+    """uvicorn, but a signal that was obeyed is not raised again, and a second one ends it all.
+
+    SIGHUP reloads: it calls what the app's lifespan yields as `reload`.
+    """
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        if hasattr(signal, "SIGHUP") and "reload" in self.lifespan.state:
+            asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, self._reload)
+
+    def _reload(self) -> None:
+        self._reloading = asyncio.create_task(self.lifespan.state["reload"]())
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         if self.should_exit:

@@ -5,9 +5,9 @@ from __future__ import annotations
 from starlette.routing import Route
 
 from kernel.client import OllamaClient
-from kernel.relay import Forward
+from kernel.models import Forward, Presets
 
 
-def routes(client: OllamaClient) -> list[Route]:
+def routes(client: OllamaClient, presets: Presets) -> list[Route]:
     paths = ("/api/embed", "/api/embeddings", "/v1/embeddings")
-    return [Route(path, Forward(client), name=path) for path in paths]
+    return [Route(path, Forward(client, presets), name=path) for path in paths]

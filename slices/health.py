@@ -12,7 +12,7 @@ from starlette.routing import Route
 from kernel.client import OllamaClient
 from kernel.errors import UpstreamError
 from kernel.log import cors_headers
-from kernel.registry import PluginRegistry
+from kernel.registry import PluginRegistry, loaded
 
 
 def routes(client: OllamaClient, registry: PluginRegistry) -> list[Route]:
@@ -34,7 +34,7 @@ async def health(
     body = {
         "status": "error" if "error" in upstream else "ok",
         "upstream": upstream,
-        "agents": [name for name, plugin in registry.plugins.items() if plugin.agent],
+        "agents": loaded(registry.plugins),
         "uptime": round(time.monotonic() - started, 1),
     }
     status = 503 if "error" in upstream else 200

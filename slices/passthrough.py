@@ -6,9 +6,21 @@ newline that was percent-encoded, and whatever a client may think of next.
 
 from __future__ import annotations
 
+from functools import partial
+
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+from kernel import relay
 from kernel.client import OllamaClient
-from kernel.relay import Forward
+from kernel.errors import UpstreamError
 
 
-def endpoint(client: OllamaClient) -> Forward:
-    return Forward(client)
+def endpoint(client: OllamaClient) -> ASGIApp:
+    return partial(passthrough, client)
+
+
+async def passthrough(client: OllamaClient, scope: Scope, receive: Receive, send: Send) -> None:
+    try:
+        await relay.forward(client, scope, relay.Upload(scope, receive), receive, send)
+    except UpstreamError as exc:
+        await relay.refuse(scope, send, exc)

@@ -20,15 +20,17 @@ from kernel import relay
 from kernel.client import OllamaClient
 from kernel.config import ChainConfig, CommandsConfig
 from kernel.dialects import JSON, OLLAMA, OPENAI, Dialect, FrameSplitter, dumps, error_object
-from kernel.errors import Aborted, BadRequest, BrokenAnswer, UpstreamError
+from kernel.errors import Aborted, BadRequest, BrokenAnswer, NotAllowed, UpstreamError
 from kernel.log import facts
 from kernel.metrics import Metrics
-from kernel.registry import PluginRegistry
+from kernel.models import Presets
+from kernel.registry import PluginRegistry, refusal
 from kernel.transport import Answer, Headers
-from slices.chat.chain import notice, response_order, run_requests, summary
+from slices.chat.chain import Trace, notice, response_order, run_requests, summary
 from slices.chat.commands import Grammar
 from slices.chat.editor import Editor, Stage
-from slices.chat.turn import AGENTS, Turn, TurnReader, is_bare
+from slices.chat.explain import explanation
+from slices.chat.turn import AGENTS, Turn, TurnReader, edits, is_bare
 
 # Headers of a request that no longer fit when its body has changed
 REPLACED = (b"content-length", b"accept-encoding", AGENTS)
@@ -38,17 +40,18 @@ def routes(
     client: OllamaClient,
     registry: PluginRegistry,
     metrics: Metrics,
+    presets: Presets,
     chain: ChainConfig,
     commands: CommandsConfig,
-    max_body: int,
 ) -> list[Route]:
-    """`max_body`: bytes up to which a chat is parsed; a larger one is forwarded as it is."""
-    known = registry.plugins.__contains__
-    grammars = Grammar(commands.prefix, known), Grammar("/", known)
+    def typed(name: str) -> bool:
+        return name in registry.plugins and registry.plugins[name].config.typed
+
+    grammars = Grammar(commands.prefix, typed), Grammar("/", lambda name: name in registry.plugins)
     routes = []
     for path, dialect in (("/api/chat", OLLAMA), ("/v1/chat/completions", OPENAI)):
-        reader = TurnReader(client, registry, metrics, dialect, *grammars, chain.timeout)
-        chat = Chat(client, reader, dialect, chain.notice, max_body)
+        reader = TurnReader(client, registry, metrics, dialect, *grammars, presets, chain.timeout)
+        chat = Chat(client, reader, dialect, chain.notice, presets.max_body)
         routes.append(Route(path, chat, name=path))
     return routes
 
@@ -67,31 +70,44 @@ class Chat:
         upload = relay.Upload(scope, receive)
         turn: Turn | None = None
         try:
-            if scope["method"] == "POST" and not facts(scope).foreign:
-                body = await upload.read(self.max_body)
-                turn = self.reader.read(body, scope) if body is not None else None
+            if scope["method"] == "POST":
+                turn = await self.read(upload, scope)
             if turn is None:
                 return await relay.forward(self.client, scope, upload, receive, send)
-            with relay.Watch(receive, after=upload):
+            plugins = [run.plugin for run in turn.runs]
+            with self.reader.registry.lease(plugins), relay.Watch(receive, after=upload):
                 await self.answer(turn, scope, send)
             await relay.send_end(send)
-        except (BadRequest, Aborted, UpstreamError) as exc:
+        except (BadRequest, NotAllowed, Aborted, UpstreamError) as exc:
             await relay.refuse(scope, send, exc, marks(turn, failed=exc.status >= 500))
         finally:
             if turn:
                 facts(scope).agents = summary(turn.runs)
 
+    async def read(self, upload: relay.Upload, scope: Scope) -> Turn | None:
+        """Return what is asked for; None: the request goes to Ollama as it is."""
+        if facts(scope).foreign:
+            body = None  # it gets no agent, whatever it asks for
+        else:
+            body = await upload.read(self.max_body)
+        return self.reader.read(body, scope)
+
     async def answer(self, turn: Turn, scope: Scope, send: Send) -> None:
         """Run the request hooks, get an answer, and send all of it but its end."""
         if turn.reply is None and turn.runs:
-            turn.payload, turn.reply = await run_requests(turn.runs, turn.payload)
-            if turn.reply is None and turn.commands and is_bare(turn.payload):
+            trace: Trace = []
+            turn.payload, turn.reply = await run_requests(turn.runs, turn.payload, trace)
+            if turn.explain:
+                turn.reply = explanation(trace, turn.payload, turn.reply)
+                for run in turn.runs:
+                    run.due = False  # their response hooks have seen nothing
+            elif turn.reply is None and turn.commands and is_bare(turn.payload):
                 turn.reply = self.reader.help(turn.commands[0].name)
         if turn.reply is not None:
             return await self.send_reply(turn, turn.reply, scope, send)
         body = dumps(turn.payload)
         headers = [p for p in relay.request_headers(scope, self.client) if p[0] not in REPLACED]
-        headers += [(b"content-length", b"%d" % len(body)), (b"accept-encoding", b"identity")]
+        headers.append((b"accept-encoding", b"identity"))
         answer = await self.client.forward("POST", relay.target_of(scope), headers, body)
         async with aclosing(answer):
             await self.send_answer(turn, answer, scope, send)
@@ -103,6 +119,14 @@ class Chat:
         editor = self.editor(turn, whole=not streams)
         editable = answer.status == 200 and (streams or kind.startswith(JSON))
         editable = editable and not answer.header(b"content-encoding")
+        for run in turn.runs:
+            if (
+                answer.status == 200
+                and not editable
+                and run.plugin.is_guard
+                and run.plugin.responds
+            ):
+                raise refusal(run.plugin)
         if editor is None or not editable:
             return await relay.relay(answer, send, marks(turn))
         headers = [p for p in relay.response_headers(answer) if p[0].lower() != b"content-length"]
@@ -145,12 +169,10 @@ class Chat:
 
     def editor(self, turn: Turn, *, whole: bool) -> Editor | None:
         """Return what edits the answer, or None where it must or may stay as it is."""
-        if turn.payload.get("logprobs"):
-            return None  # they speak of the model's very words
         order = response_order(turn.runs)
-        if self.dialect.is_structured(turn.payload):
-            order = [run for run in order if run.plugin.config.structured]
-        noticed = turn.runs if self.notice and turn.takes_replies(self.dialect) else []
+        order = [run for run in order if edits(run.plugin, turn.payload, self.dialect)]
+        prose = turn.takes_replies(self.dialect) and not turn.payload.get("logprobs")
+        noticed = turn.runs if self.notice and prose else []
         if not order and not notice(noticed):
             return None
         return Editor(self.dialect, [Stage(run, whole=whole) for run in order], noticed)

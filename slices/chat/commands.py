@@ -3,6 +3,8 @@
     /rag what did we decide?          one command
     /rag:k=6 /translate:de why?       arguments, and one agent after the other
     /translate:"Swiss German" why?    quotes where a value has spaces
+    /rag&/remember what colour?       agents at the same time
+    /explain /rag what?               what the model would be sent
     //rag                             the text "/rag"
 
 Only a known name is a command: `/etc/passwd` and `/shrug` are text. The same grammar reads the
@@ -20,6 +22,7 @@ from typing import Any
 from kernel.errors import BadRequest
 from kernel.registry import Plugin
 
+EXPLAIN = "explain"
 VALUE = r'"[^"]*"|“[^”]*”'
 ARGUMENT = re.compile(rf"(?:(?P<key>[A-Za-z_]\w*)=)?(?P<value>{VALUE}|[^,]*)(?:,|$)")
 SWITCHES = {"true": True, "yes": True, "on": True, "1": True}
@@ -32,6 +35,7 @@ class Command:
 
     name: str
     arguments: str = ""
+    joined: bool = False  # at the same time as the one before it
 
 
 class Grammar:
@@ -45,25 +49,46 @@ class Grammar:
         self._known = known
         sign = re.escape(prefix)
         name = r"(?P<name>[A-Za-z0-9][\w-]*)"
-        self._command = re.compile(
-            rf'\s*{sign}{name}(?::(?P<arguments>(?:{VALUE}|[^\s"“])*))?(?=\s|$)'
-        )
+        arguments = rf'(?P<arguments>(?:{VALUE}|(?!&{sign})[^\s"“])*)'
+        self._command = re.compile(rf"\s*{sign}{name}(?::{arguments})?(?=\s|$|&{sign})")
         self._literal = re.compile(rf"\s*{sign}(?={sign}{name}(?![\w-]))")
         self._help = re.compile(rf"\s*{sign}help(?:\s+(?:{sign})?{name})?\s*$", re.IGNORECASE)
+        self._explain = re.compile(rf"\s*{sign}explain(?=\s)", re.IGNORECASE)
 
     def split(self, text: str) -> tuple[list[Command], str]:
-        """Return the commands that lead a text, and the text without them."""
+        """Return the commands that lead a text, and the text without them.
+
+        `explain` is one of them where others follow it, and leads them.
+        """
+        if not self.prefix:
+            return [], text
+        explain = self._explain.match(text)
         commands: list[Command] = []
-        at = 0
-        while self.prefix and (found := self._command.match(text, at)):
-            if not self._known(found["name"].lower()):
-                break
-            commands.append(Command(found["name"].lower(), found["arguments"] or ""))
-            at = found.end()
-        literal = self._literal.match(text, at) if self.prefix else None
+        at = explain.end() if explain else 0
+        while found := self._together(text, at):
+            commands += found[0]
+            at = found[1]
+        if explain:
+            if not commands:
+                return [], text
+            commands.insert(0, Command(EXPLAIN))
+        literal = self._literal.match(text, at)
         if literal and self._known(literal["name"].lower()):
             return commands, text[literal.end() :]
         return commands, text[at:].lstrip() if commands else text
+
+    def _together(self, text: str, at: int) -> tuple[list[Command], int] | None:
+        """Return the commands that `&` joins at a place, and where they end."""
+        commands: list[Command] = []
+        while found := self._command.match(text, at):
+            name = found["name"].lower()
+            if not self._known(name):
+                return None
+            commands.append(Command(name, found["arguments"] or "", joined=bool(commands)))
+            if not text.startswith("&", found.end()):
+                return commands, found.end()
+            at = found.end() + 1
+        return None
 
     def help_wanted(self, text: str) -> str | None:
         """Return the name that `/help NAME` asks about, "" for `/help` alone, None for text."""
@@ -120,7 +145,9 @@ def help_lines(plugin: Plugin, prefix: str) -> list[str]:
     if plugin.status != "loaded":
         return [f"{prefix}{plugin.name}: {unavailable(plugin)}"]
     arguments = [f"    {key}={value!r}" for key, value in plugin.config.arguments.items()]
-    return [f"{prefix}{plugin.name}: {plugin.description or 'no description'}", *arguments]
+    about = plugin.description or "no description"
+    about += "" if plugin.config.typed else " (by header, model suffix or preset only)"
+    return [f"{prefix}{plugin.name}: {about}", *arguments]
 
 
 def unavailable(plugin: Plugin) -> str:

@@ -14,7 +14,7 @@ from typing import Any
 from kernel.agent import Reply
 from kernel.dialects import Chunk, Dialect
 from kernel.errors import PluginExecutionError
-from slices.chat.chain import Run, notice
+from slices.chat.chain import Run, notice, wrong
 
 DONE = b"data: [DONE]"
 
@@ -52,13 +52,12 @@ class Stage:
         except Reply as reply:
             return reply.text
         except PluginExecutionError:
-            self._run.due = False
             return otherwise
 
 
 def text_only(result: Any) -> str:
     if not isinstance(result, str):
-        raise PluginExecutionError(f"returned {type(result).__name__} where text is due")
+        raise wrong(result, "a response hook must return text")
     return result
 
 

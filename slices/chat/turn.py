@@ -10,8 +10,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from fnmatch import fnmatchcase
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from starlette.types import Scope
@@ -22,9 +21,10 @@ from kernel.dialects import OPENAI, Dialect, loads
 from kernel.errors import BadRequest
 from kernel.log import facts
 from kernel.metrics import Metrics
-from kernel.registry import Plugin, PluginRegistry
+from kernel.models import Presets
+from kernel.registry import Plugin, PluginRegistry, refusal
 from slices.chat.chain import Run
-from slices.chat.commands import Command, Grammar, help_text, parse_arguments, unavailable
+from slices.chat.commands import EXPLAIN, Command, Grammar, help_text, parse_arguments, unavailable
 
 AGENTS = b"x-osp-agents"
 KNOWN_KEYS = frozenset(
@@ -40,6 +40,7 @@ class Turn:
     payload: Payload
     commands: list[Command] = field(default_factory=list)  # asked for, each agent once
     runs: list[Run] = field(default_factory=list)  # always-on agents first
+    explain: bool = False  # what the agents do is asked for, not the model's answer
     reply: str | None = None  # answered without the model
 
     def takes_replies(self, dialect: Dialect) -> bool:
@@ -56,30 +57,45 @@ class TurnReader:
     metrics: Metrics
     dialect: Dialect
     typed: Grammar
-    spelled: Grammar  # of the header and the suffix, whatever is typed
+    spelled: Grammar  # of header, suffix and presets, whatever is typed
+    presets: Presets
     timeout: float  # of a hook whose plugin says nothing else
 
-    def read(self, body: bytes, scope: Scope) -> Turn | None:
+    def read(self, body: bytes | None, scope: Scope) -> Turn | None:
         """Return what is asked for, or None for a request that is forwarded as it is.
 
-        Raises BadRequest for an unknown agent or a wrong argument in the header or the suffix.
+        A body of None is one that may not be read, or is too large.
+        Raises BadRequest for an unknown agent or a wrong argument in header, suffix or preset, and
+        NotAllowed where a guard would not see all of it.
         """
-        payload = parse(body, self.dialect)
+        payload = parse(body, self.dialect) if body else None
         if payload is None:
+            self.registry.check_guards(None)
             return None
         facts(scope).model = payload["model"]
         header = next((v.decode("latin-1") for k, v in scope["headers"] if k == AGENTS), None)
-        payload["model"], suffix = split_model(payload["model"])
+        named, suffix = split_model(payload["model"])
+        preset = self.presets.find(named)
+        payload["model"] = preset.model if preset else named
+        marked = header is not None or suffix is not None or preset is not None
         strict = [*self.listed("X-OSP-Agents", header), *self.listed("the model's suffix", suffix)]
+        if preset:
+            strict += self.listed(f"the preset {named}", preset.agents)
         if not payload.get("messages"):  # it loads or unloads a model: nobody's turn
-            return Turn(payload) if header is not None or suffix else None
+            return Turn(payload) if marked else None
+        guards = self.registry.guards(payload["model"])
+        for guard in guards:
+            blind = guard.responds and not edits(guard, payload, self.dialect)
+            if guard.agent is None or blind:
+                raise refusal(guard)
         about = self.typed.help_wanted(text_of(last_user(payload) or {}))
         typed, stripped = self.strip(payload)
-        always = self.always(payload["model"])
-        touched = strict or stripped or always or about is not None
-        if not touched and header is None and suffix is None:
+        always = self.registry.always(payload["model"])
+        if not (marked or stripped or always or about is not None):
             return None
-        turn = Turn(payload, unique([*strict, *typed]))
+        commands = [*strict, *typed]
+        agents = [command for command in commands if command.name != EXPLAIN]
+        turn = Turn(payload, unique(agents), explain=len(agents) < len(commands))
         if about is not None and not turn.commands:
             turn.reply = self.help(about)
         else:
@@ -108,11 +124,6 @@ class TurnReader:
                 set_text(message, rest)
                 stripped = True
         return commands, stripped
-
-    def always(self, model: str) -> list[Plugin]:
-        plugins = (p for p in self.registry.plugins.values() if p.config.always and p.agent)
-        meant = [plugin for plugin in plugins if matches(model, plugin.config.models)]
-        return sorted(meant, key=lambda plugin: (plugin.config.priority, plugin.name))
 
     def enlist(
         self, turn: Turn, always: list[Plugin], strict: Sequence[Command], scope: Scope
@@ -144,7 +155,9 @@ class TurnReader:
             )
             agent = plugin.instance(context, arguments)
             limit = plugin.config.timeout or self.timeout
-            turn.runs.append(Run(plugin, agent, limit, self.metrics))
+            behind = bool(turn.runs) and turn.runs[-1].plugin not in always
+            joined = command is not None and command.joined and behind
+            turn.runs.append(Run(plugin, agent, limit, self.metrics, joined))
 
     def arguments(self, plugin: Plugin, command: Command | None) -> dict[str, Any]:
         if plugin.agent is None:
@@ -197,22 +210,23 @@ def is_message(message: Any, parts_too: bool) -> bool:
     return content is None or isinstance(content, str)
 
 
+def edits(plugin: Plugin, payload: Payload, dialect: Dialect) -> bool:
+    """Tell whether response hooks may change the answer: they must not make it false."""
+    structured = dialect.is_structured(payload) and not plugin.config.structured
+    return not (structured or payload.get("logprobs"))
+
+
 def split_model(model: str) -> tuple[str, str | None]:
     """Split `llama3.2:3b+rag+translate:de` into the model and its suffix, as commands."""
     name, plus, suffix = model.partition("+")  # + is no legal character of a model's name
     return name, " ".join(f"/{part}" for part in suffix.split("+")) if plus else None
 
 
-def matches(model: str, patterns: tuple[str, ...]) -> bool:
-    """Tell whether a model is meant: without a tag it is `:latest`, as for Ollama."""
-    name, _, tag = model.partition(":")
-    names = {model, f"{name}:{tag or 'latest'}"} | ({name} if tag in ("", "latest") else set())
-    return not patterns or any(fnmatchcase(n, pattern) for n in names for pattern in patterns)
-
-
 def unique(commands: Sequence[Command]) -> list[Command]:
     """Keep each agent's first place and last arguments."""
-    return list({command.name: command for command in commands}.values())
+    last = {command.name: command for command in commands}
+    first = {command.name: command for command in reversed(commands)}
+    return [replace(first[name], arguments=last[name].arguments) for name in last]
 
 
 def is_bare(payload: Payload) -> bool:

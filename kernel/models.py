@@ -1,0 +1,90 @@
+"""Models: what a request may call one, where agents take no part.
+
+A preset of the operator's is a name that stands for a model (and, in a chat, for agents); here it
+is replaced by the model. A guard is an agent that must see what its models are asked; here it sees
+nothing, and so the request is refused. Without presets and guards a request is forwarded unread.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from starlette.types import Receive, Scope, Send
+
+from kernel import relay
+from kernel.client import OllamaClient
+from kernel.config import Preset
+from kernel.dialects import dumps, loads
+from kernel.errors import NotAllowed, UpstreamError
+from kernel.registry import PluginRegistry, canonical
+
+NAMING = ("model", "name")  # `name` is what /api/show once called it
+LOADING = frozenset(("model", "prompt", "keep_alive", "options", "stream"))
+
+
+class Presets:
+    """The operator's names, found as Ollama finds a model's: `:latest` may be left out."""
+
+    def __init__(self, presets: Mapping[str, Preset], max_body: int) -> None:
+        self.named = dict(presets)
+        self.max_body = max_body  # bytes of a body in which a name is looked for
+        self._found = {canonical(name): preset for name, preset in presets.items()}
+
+    def find(self, model: Any) -> Preset | None:
+        return self._found.get(canonical(model)) if isinstance(model, str) else None
+
+
+@dataclass(frozen=True, slots=True)
+class Forward:
+    """An ASGI endpoint that forwards a body which names a model; `registry` has its guards."""
+
+    client: OllamaClient
+    presets: Presets
+    registry: PluginRegistry | None = None
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        upload = relay.Upload(scope, receive)
+        body = None
+        try:
+            guarded = self.registry and self.registry.guards()
+            if scope["method"] == "POST" and (guarded or self.presets.named):
+                read = await upload.read(self.presets.max_body)
+                body = self.renamed(object_of(read or b""))
+            await relay.forward(self.client, scope, upload, receive, send, body)
+        except (NotAllowed, UpstreamError) as exc:
+            await relay.refuse(scope, send, exc)
+
+    def renamed(self, asked: dict[str, Any]) -> bytes | None:
+        """Return a body that names a preset with its model, None for any other.
+
+        Raises NotAllowed where a guard had to see it.
+        """
+        presets = {key: self.presets.find(asked.get(key)) for key in NAMING}
+        models = {key: preset.model for key, preset in presets.items() if preset}
+        model = models.get("model", asked.get("model"))
+        if self.registry and not is_loading(asked):
+            self.registry.check_guards(model if isinstance(model, str) else None)
+        return dumps(asked | models) if models else None
+
+
+def object_of(body: bytes) -> dict[str, Any]:
+    """Return the object that a body is, or an empty one where Ollama may read it otherwise."""
+    try:
+        value = loads(body)
+    except (ValueError, RecursionError):
+        return {}
+    if not isinstance(value, dict) or any(misread(key) for key in value):
+        return {}
+    return value
+
+
+def misread(key: str) -> bool:
+    """Tell whether Go would take a key for a known one, whatever its case."""
+    return key not in LOADING and key.casefold() in LOADING
+
+
+def is_loading(asked: Mapping[str, Any]) -> bool:
+    """Tell whether a request only loads or unloads a model."""
+    return bool(asked) and LOADING.issuperset(asked) and not asked.get("prompt")
