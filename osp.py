@@ -48,15 +48,23 @@ from slices import (
 
 logger = logging.getLogger("osp")
 
+COMMANDS = ("serve", "check", "new-agent")
+HELP = "serve (the default); check settings and agents; begin a new-agent NAME"
 
-def create_app(config: Config, environ: Mapping[str, str] | None = None) -> ASGIApp:
-    """Return the proxy as an ASGI application; `environ` is what settings like "$NAME" mean.
 
-    Raises ConfigError. Removing a slice is deleting its file and its lines here.
+def create_registry(config: Config, environ: Mapping[str, str]) -> PluginRegistry:
+    """Return the agents; `environ` is what settings like "$NAME" mean. Raises ConfigError."""
+    return PluginRegistry(config.plugins, config.agents, config.server.data, environ)
+
+
+def create_app(config: Config, registry: PluginRegistry | None = None) -> ASGIApp:
+    """Return the proxy as an ASGI application. Raises ConfigError.
+
+    Removing a slice is deleting its file and its lines here.
     """
     client = OllamaClient(parse_upstream(config.upstream.url), config.upstream.connect_timeout)
     collector = Metrics()
-    registry = PluginRegistry(config.plugins, config.agents, config.server.data, environ or {})
+    registry = registry or create_registry(config, {})
     presets = Presets(config.presets, config.server.max_body)
 
     @asynccontextmanager
@@ -109,7 +117,7 @@ async def serve(
             url = await stack.enter_async_context(demo.serve(demo.create_app(pace)))
             config = replace(config, upstream=replace(config.upstream, url=url))
         grace = math.ceil(config.server.shutdown)
-        app = create_app(config, environ)
+        app = create_app(config, create_registry(config, environ))
         proxy = Server(uvicorn.Config(app, timeout_graceful_shutdown=grace, **SETTINGS))
         logger.info("listening", extra={"fields": {"url": url_of(listener)}})
         await proxy.serve(sockets=[listener])
@@ -119,6 +127,8 @@ def parse_flags(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         "osp.py", description="Slash-command agents in front of Ollama, for every client."
     )
+    parser.add_argument("command", nargs="?", choices=COMMANDS, default="serve", help=HELP)
+    parser.add_argument("name", nargs="?", help="of the new agent")
     parser.add_argument("--config", type=Path, help="a settings file (default: osp.toml beside it)")
     parser.add_argument("--host", help="the address to listen on (default: 127.0.0.1)")
     parser.add_argument("--port", type=int, help="the port to listen on (default: 11435)")
@@ -132,7 +142,10 @@ def parse_flags(arguments: list[str] | None) -> argparse.Namespace:
         const=0.03,
         help="use a built-in stand-in for Ollama, with so many seconds between two words",
     )
-    return parser.parse_args(arguments)
+    flags = parser.parse_args(arguments)
+    if (flags.command == "new-agent") != (flags.name is not None):
+        parser.error("new-agent needs a NAME, and nothing else takes one")
+    return flags
 
 
 def read_config(flags: argparse.Namespace, environ: Mapping[str, str]) -> Config:
@@ -150,11 +163,16 @@ def read_config(flags: argparse.Namespace, environ: Mapping[str, str]) -> Config
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run the command line and return the exit status: 0 after a clean stop, 2 for bad settings."""
+    """Run the command line and return the exit status.
+
+    0 after a clean stop, 2 for bad settings; 1 where `check` found something wrong.
+    """
     flags = parse_flags(arguments)
     environ = dict(os.environ)
     try:
         config = read_config(flags, environ)
+        if flags.command != "serve":
+            return author(flags, config, environ)
         log.configure(config.log.level, config.log.format)
         with listen(config.server.host, config.server.port) as listener:
             if flags.demo is None:
@@ -166,8 +184,17 @@ def main(arguments: list[str] | None = None) -> int:
             )
     except ConfigError as exc:
         sys.stderr.write(f"osp.py: {exc}\n")
-        return 2
+        return 1 if flags.command == "check" else 2
     return 0
+
+
+def author(flags: argparse.Namespace, config: Config, environ: Mapping[str, str]) -> int:
+    """Run a command for those who write agents, and return the exit status."""
+    import testkit  # imports this file, and nobody else needs it
+
+    if flags.command == "check":
+        return asyncio.run(testkit.check(config, environ))
+    return testkit.new_agent(flags.name, config)
 
 
 if __name__ == "__main__":

@@ -41,7 +41,6 @@ HOOKS = ("on_request", "on_response", "on_chunk", "on_end")
 RESERVED = ("help", "explain")  # commands that the proxy answers itself
 POLL = 0.5  # seconds between two looks at the files, where they are watched
 TEARDOWN = 5.0  # seconds: somebody waits for the end
-MUTABLE = (list, dict, set)
 NAME = re.compile(r"[a-z0-9][a-z0-9_-]*")
 
 
@@ -247,7 +246,7 @@ class PluginRegistry:
         sys.modules[name] = module  # before it runs: dataclasses look their module up
         loader.exec_module(module)
         kind = agent_class(module)
-        shared = [k for k, v in vars(kind).items() if k.islower() and isinstance(v, MUTABLE)]
+        shared = [k for k, v in vars(kind).items() if is_state(k, v)]
         if shared:
             cure = "make it in on_request, or in setup if hooks only read it"
             fields = {"agent": plugin.name, "attributes": " ".join(shared), "cure": cure}
@@ -404,6 +403,11 @@ def agent_class(module: ModuleType) -> type[BaseAgent]:
         names = ", ".join(kind.__name__ for kind in found) or "none"
         raise PluginLoadError(f"agent.py must define one subclass of BaseAgent; found: {names}")
     return found[0]
+
+
+def is_state(name: str, value: object) -> bool:
+    """Tell whether a class's attribute looks like what hooks change: no constant, no dunder."""
+    return name.islower() and not name.startswith("__") and isinstance(value, list | dict | set)
 
 
 def load_error(exc: BaseException, folder: Path) -> PluginLoadError:

@@ -1,0 +1,44 @@
+"""The guide for authors: every file on it is written as it stands, and every test on it runs."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from dataclasses import fields
+from pathlib import Path
+
+from kernel.config import HOME
+from kernel.registry import AgentConfig
+
+GUIDE = (HOME / "plugins" / "README.md").read_text(encoding="utf-8")
+FILES = re.findall(r"`plugins/(\S+)`:\n\n```\w+\n(.*?)```", GUIDE, re.DOTALL)
+BLOCKS = re.findall(r"^```(?:python|json)\n(.*?)```", GUIDE, re.DOTALL | re.MULTILINE)
+
+
+def test_every_agent_of_the_guide_works_and_passes_its_test(tmp_path: Path) -> None:
+    for name, text in FILES:
+        file = tmp_path / name
+        file.parent.mkdir(exist_ok=True)
+        file.write_text(text, encoding="utf-8")
+
+    run = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(tmp_path)]
+    done = subprocess.run(
+        [*run, "--import-mode=importlib"], cwd=HOME, capture_output=True, text=True, timeout=120
+    )
+
+    assert done.returncode == 0, done.stdout
+    tests = sum(text.count("\ndef test_") for _, text in FILES)
+    assert f"{tests} passed" in done.stdout
+
+
+def test_every_piece_of_code_in_the_guide_is_one_that_runs() -> None:
+    assert [text for _, text in FILES] == BLOCKS
+    folders = {name.partition("/")[0] for name, _ in FILES}
+    assert all((f"{folder}/test_agent.py" in dict(FILES)) for folder in folders)
+
+
+def test_the_guide_has_every_key_of_config_json() -> None:
+    listed = re.findall(r"^\| `(\w+)` \|", GUIDE, re.MULTILINE)
+
+    assert listed == [setting.name for setting in fields(AgentConfig)]

@@ -1,0 +1,205 @@
+"""What authors of agents use: asking in every way, checking, and beginning a new one."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from kernel.config import HOME
+from testkit import ask
+from tests.support import write_agent
+
+SHOUT = """
+class Shout(BaseAgent):
+    async def on_response(self, response):
+        return response.upper()
+"""
+CONTEXT = """
+class It(BaseAgent):
+    async def on_request(self, payload):
+        (vector,) = await self.context.embed(["x"])
+        summary = await self.context.chat([{"role": "user", "content": "sum up"}])
+        return add_system(payload, f"{self.settings['rule']} {summary} {len(vector)}")
+"""
+
+
+def test_the_answer_and_what_the_model_was_sent_are_known(plugins: Path) -> None:
+    answer = ask(write_agent(plugins, "shout", SHOUT), "/shout hello", model="hi")
+
+    assert (answer.text, answer.status, answer.agents) == ("HI", 200, "shout;ok")
+    assert answer.sent == [{"role": "user", "content": "hello"}]
+
+
+def test_the_model_may_depend_on_what_it_is_asked_and_settings_go_over_the_files(
+    plugins: Path,
+) -> None:
+    folder = write_agent(plugins, "it", CONTEXT, settings={"rule": "short"})
+
+    answer = ask(
+        folder,
+        [{"role": "system", "content": "be"}, {"role": "user", "content": "/it ok"}],
+        model=lambda messages: messages[-1]["content"].upper(),
+        settings={"rule": "long"},
+    )
+
+    assert answer.text == "OK"
+    assert answer.sent[0] == {"role": "system", "content": "long SUM UP 256"}
+
+
+def test_fields_go_into_the_request_and_a_refusal_is_an_answer(plugins: Path) -> None:
+    code = """
+    class It(BaseAgent):
+        async def on_request(self, payload):
+            raise Abort(403, f"no {payload['seed']}")
+    """
+
+    answer = ask(write_agent(plugins, "it", code), "/it x", seed=7)
+
+    assert (answer.text, answer.status, answer.agents, answer.sent) == ("no 7", 403, "it;abort", [])
+
+
+@pytest.mark.parametrize(
+    ("code", "complaint"),
+    [
+        ("def on_request(self, payload): return payload['nope']", "KeyError: 'nope'"),
+        ("async def on_request(self, payload): pass", "is a `return` missing"),
+        ("async def on_chunk(self, text): return text + '|'", "depends on the way of asking"),
+        ("def setup(self): 1 / 0", "ZeroDivisionError"),
+    ],
+)
+def test_an_agent_that_fails_fails_its_test(plugins: Path, code: str, complaint: str) -> None:
+    folder = write_agent(plugins, "it", f"class It(BaseAgent):\n    {code}\n")
+
+    with pytest.raises(AssertionError, match=complaint):
+        ask(folder, "/it x")
+
+
+def command(*arguments: str, cwd: Path = HOME) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, str(HOME / "osp.py"), *arguments],
+        cwd=cwd,
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+
+
+@pytest.fixture
+def osp_toml(tmp_path: Path, plugins: Path) -> Path:
+    file = tmp_path / "osp.toml"
+    file.write_text(f"[plugins]\ndirs = [{json.dumps(str(plugins))}]\n", encoding="utf-8")
+    return file
+
+
+MISTAKES = {
+    "BaseAgent": ("class It(BaseAgnt): pass", "NameError"),
+    "import": ("class It(BaseAgent):\n  def setup(self): json.dumps({})", "is `import json`"),
+    "module": ("import no_such_thing\nclass It(BaseAgent): pass", "-m pip install"),
+    "return": ("class It(BaseAgent):\n  async def on_response(self, r): pass", "`return` missing"),
+    "cut": (
+        "class It(BaseAgent):\n  async def on_chunk(self, t): return t + '|'",
+        "how it was cut",
+    ),
+}
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_check_says_what_is_wrong_and_exits_with_1(
+    plugins: Path, osp_toml: Path, mistake: str
+) -> None:
+    code, complaint = MISTAKES[mistake]
+    write_agent(plugins, "it", code)
+    write_agent(plugins, "shout", SHOUT)
+
+    done = command("check", "--config", str(osp_toml))
+
+    assert done.returncode == 1, done
+    verdicts = {
+        line.split()[-1]: line.split()[0] for line in done.stdout.splitlines() if line[0] > " "
+    }
+    assert verdicts == {"it": "FAILED", "shout": "ok"}
+    assert complaint in done.stdout
+
+
+DOUBTS = {
+    "class": (
+        "class It(BaseAgent):\n  seen = []\n  async def on_response(self, r):\n"
+        "    self.seen.append(r)\n    return r",
+        "It.seen changed",
+    ),
+    "setup": (
+        "class It(BaseAgent):\n  def setup(self): self.seen = {}\n"
+        "  async def on_request(self, p):\n    self.seen[prompt(p)] = 1\n    return p",
+        "self.seen changed",
+    ),
+    "blocks": (
+        "import time\nclass It(BaseAgent):\n  async def on_request(self, p):\n"
+        "    time.sleep(0.25)\n    return p",
+        "def on_request`, which runs in a thread",
+    ),
+}
+
+
+@pytest.mark.parametrize("doubt", DOUBTS)
+def test_check_warns_of_what_requests_share_and_of_what_blocks(
+    plugins: Path, osp_toml: Path, doubt: str
+) -> None:
+    code, warning = DOUBTS[doubt]
+    write_agent(plugins, "it", code)
+
+    done = command("check", "--config", str(osp_toml))
+
+    assert done.returncode == 0, done
+    assert done.stdout.startswith("warning  it\n") and warning in done.stdout
+
+
+def test_check_finds_nothing_wrong_with_good_agents(plugins: Path, osp_toml: Path) -> None:
+    write_agent(plugins, "shout", SHOUT, typed=False)
+    write_agent(plugins, "off", "1 / 0", enabled=False)
+
+    done = command("check", "--config", str(osp_toml))
+
+    assert (done.returncode, done.stdout) == (0, "disabled off\nok       shout\n")
+
+
+@pytest.mark.parametrize("table", ["[server]\nprot = 1", "[agents.nope]\nenabled = true"])
+def test_check_tells_of_wrong_settings(osp_toml: Path, table: str) -> None:
+    osp_toml.write_text(f"{osp_toml.read_text()}\n{table}\n", encoding="utf-8")
+
+    done = command("check", "--config", str(osp_toml))
+
+    assert done.returncode == 1
+    assert done.stderr.startswith("osp.py: ") and ("prot" in done.stderr or "nope" in done.stderr)
+
+
+def test_a_new_agent_works_has_a_test_and_is_never_written_twice(
+    tmp_path: Path, plugins: Path, osp_toml: Path
+) -> None:
+    first = command("new-agent", "my-greeter2", "--config", str(osp_toml), cwd=tmp_path)
+    folder = plugins / "my-greeter2_agent"
+    (folder / "agent.py").write_text((folder / "agent.py").read_text() + "# mine\n")
+    second = command("new-agent", "my-greeter2", "--config", str(osp_toml), cwd=tmp_path)
+
+    assert first.returncode == 0 and "plugins/my-greeter2_agent" in first.stdout
+    assert second.returncode == 2 and "is there already" in second.stderr
+    assert (folder / "agent.py").read_text().endswith("# mine\n")
+    tests = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(folder)]
+    assert subprocess.run(tests, cwd=HOME, timeout=60).returncode == 0
+    assert command("check", "--config", str(osp_toml)).stdout == "ok       my-greeter2\n"
+
+
+@pytest.mark.parametrize("name", ["help", "../x", "Upper", "a b", ""])
+def test_a_name_that_can_be_no_command_is_refused(osp_toml: Path, name: str) -> None:
+    done = command("new-agent", name, "--config", str(osp_toml))
+
+    assert done.returncode == 2
+    assert "cannot be a command" in done.stderr
+
+
+def test_new_agent_needs_a_name() -> None:
+    assert command("new-agent").returncode == 2
+    assert command("check", "it").returncode == 2
