@@ -144,9 +144,10 @@ class Script:
         text = self.model if isinstance(self.model, str) else self.model(asked["messages"])
         if "think" not in asked:  # which `context.chat` always says
             self.sent = asked["messages"]
-        kind, frames = dialect.answer(asked, text)
         if not dialect.wants_stream(asked):
+            kind, frames = dialect.answer(asked, text)
             return Response(frames[0], media_type=kind.decode())
+        kind, frames = dialect.answer(asked, "word")  # one frame, whose text is then replaced
         first = dialect.parse(frames[0]) or {}
         pieces = (dialect.encode(dialect.with_text(first, sign)) for sign in text)
         return StreamingResponse(flowing([*pieces, *frames[1:]]), media_type=kind.decode())

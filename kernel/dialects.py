@@ -46,6 +46,11 @@ def finite(text: str) -> float:
     return reject(text) if number in (float("inf"), float("-inf")) else number
 
 
+def words(text: str) -> list[str]:
+    """Cut a text into the pieces in which a model would have said it."""
+    return re.findall(r"\s*\S+|\s+", text) or [""]
+
+
 class Dialect:
     """The form of a chat; this one is Ollama's own, POST /api/chat. It keeps no state."""
 
@@ -114,8 +119,10 @@ class Dialect:
         last = {"done": True, "done_reason": "stop"}
         if not self.wants_stream(payload):
             return JSON_UTF8, [dumps(chunk | last)]
-        end = chunk | {"message": message | {"content": ""}} | last
-        return self.stream_type, [self.encode(chunk | {"done": False}), self.encode(end)]
+        said = [message | {"content": word} for word in words(text)]
+        chunks = [chunk | {"message": piece, "done": False} for piece in said]
+        chunks.append(chunk | {"message": message | {"content": ""}} | last)
+        return self.stream_type, [*map(self.encode, chunks)]
 
 
 class OpenAI(Dialect):
@@ -175,9 +182,11 @@ class OpenAI(Dialect):
             choice = {"index": 0, "message": message, "finish_reason": "stop"}
             return JSON, [dumps(top | {"choices": [choice], "usage": usage}) + b"\n"]
         top["object"] = "chat.completion.chunk"
-        first = {"index": 0, "delta": message, "finish_reason": None}
+        deltas = [{"content": word} for word in words(text)]
+        deltas[0] = {"role": "assistant"} | deltas[0]
+        said = [{"index": 0, "delta": delta, "finish_reason": None} for delta in deltas]
         last = {"index": 0, "delta": {}, "finish_reason": "stop"}
-        chunks = [top | {"choices": [first]}, top | {"choices": [last]}]
+        chunks = [top | {"choices": [choice]} for choice in [*said, last]]
         options = payload.get("stream_options")
         if isinstance(options, dict) and options.get("include_usage"):
             chunks.append(top | {"choices": [], "usage": usage})
