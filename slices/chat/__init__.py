@@ -95,14 +95,7 @@ class Chat:
     async def answer(self, turn: Turn, scope: Scope, send: Send) -> None:
         """Run the request hooks, get an answer, and send all of it but its end."""
         if turn.reply is None and turn.runs:
-            trace: Trace = []
-            turn.payload, turn.reply = await run_requests(turn.runs, turn.payload, trace)
-            if turn.explain:
-                turn.reply = explanation(trace, turn.payload, turn.reply)
-                for run in turn.runs:
-                    run.due = False  # their response hooks have seen nothing
-            elif turn.reply is None and turn.commands and is_bare(turn.payload):
-                turn.reply = self.reader.help(turn.commands[0].name)
+            await self.prepare(turn)
         if turn.reply is not None:
             return await self.send_reply(turn, turn.reply, scope, send)
         body = dumps(turn.payload)
@@ -111,6 +104,17 @@ class Chat:
         answer = await self.client.forward("POST", relay.target_of(scope), headers, body)
         async with aclosing(answer):
             await self.send_answer(turn, answer, scope, send)
+
+    async def prepare(self, turn: Turn) -> None:
+        """Run the request hooks: they change the payload, or reply."""
+        trace: Trace = []
+        turn.payload, turn.reply = await run_requests(turn.runs, turn.payload, trace)
+        if turn.explain:
+            turn.reply = explanation(trace, turn.payload, turn.reply)
+            for run in turn.runs:
+                run.due = False  # the model has said nothing
+        elif turn.reply is None and turn.commands and is_bare(turn.payload):
+            turn.reply = self.reader.help(turn.commands[0].name)
 
     async def send_answer(self, turn: Turn, answer: Answer, scope: Scope, send: Send) -> None:
         """Relay Ollama's answer, edited where agents have a say in it."""

@@ -19,6 +19,7 @@ from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import chain
 from typing import Any
 
 from kernel.agent import (
@@ -110,7 +111,7 @@ class Run:
 
 
 async def run_requests(
-    runs: Sequence[Run], payload: Payload, trace: Trace | None = None
+    runs: Sequence[Run], payload: Payload, trace: Trace
 ) -> tuple[Payload, str | None]:
     """Return the payload as the hooks changed it, and the text of a Reply. Raises Aborted.
 
@@ -119,32 +120,32 @@ async def run_requests(
     for run in runs:
         run.metrics.activated(run.plugin.name)
     body = dumps(payload)
-    asking = [run for run in runs if run.has("on_request")]
-    trace = [] if trace is None else trace
-    for group in groups(asking):
+    waiting = groups(runs)
+    while waiting:
         try:
-            if len(group) == 1:
-                left = await ask(group[0], body, partial(encoded, payload))
-                trace.append((group[0], body, left))
+            if len(waiting[0]) == 1:
+                left = await ask(waiting[0][0], body, partial(encoded, payload))
+                trace.append((waiting[0][0], body, left))
             else:
-                left = await ask_together(group, body, payload, trace)
+                left = await ask_together(waiting[0], body, payload, trace)
         except Reply as reply:
-            for other in asking[asking.index(group[0]) :]:
-                other.due = False
+            for run in chain.from_iterable(waiting):
+                run.due = False
             return json.loads(body), reply.text
         body = left
+        del waiting[0]
     return json.loads(body), None
 
 
 def groups(runs: Sequence[Run]) -> list[list[Run]]:
-    """Return the runs in order, those that run at the same time together."""
+    """Return the runs with a request hook, in order, those that run at the same time together."""
     together: list[list[Run]] = []
     for run in runs:
-        if run.joined and together:
+        if not run.joined:
+            together.append([])
+        if run.has("on_request"):
             together[-1].append(run)
-        else:
-            together.append([run])
-    return together
+    return [group for group in together if group]
 
 
 async def ask(
