@@ -96,6 +96,7 @@ async def serve(
     ours |= {"timeout_keep_alive": 75, "timeout_graceful_shutdown": 1}
     config = uvicorn.Config(app, **{**ours, **options})
     with socket.create_server((host, port)) as listener:
+        listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)  # asyncio forgets it
         async with _running(uvicorn.Server(config), listener):
             yield f"http://{host}:{listener.getsockname()[1]}"
 

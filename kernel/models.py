@@ -21,7 +21,8 @@ from kernel.errors import NotAllowed, UpstreamError
 from kernel.registry import PluginRegistry, canonical
 
 NAMING = ("model", "name")  # `name` is what /api/show once called it
-LOADING = frozenset(("model", "prompt", "keep_alive", "options", "stream"))
+READ = (*NAMING, "prompt")  # the keys that are looked at
+LOADING = frozenset(("model", "keep_alive", "options", "stream"))
 
 
 class Presets:
@@ -82,9 +83,14 @@ def object_of(body: bytes) -> dict[str, Any]:
 
 def misread(key: str) -> bool:
     """Tell whether Go would take a key for a known one, whatever its case."""
-    return key not in LOADING and key.casefold() in LOADING
+    return key not in READ and key.casefold() in READ
 
 
 def is_loading(asked: Mapping[str, Any]) -> bool:
-    """Tell whether a request only loads or unloads a model."""
-    return bool(asked) and LOADING.issuperset(asked) and not asked.get("prompt")
+    """Tell whether a request only loads or unloads a model.
+
+    What else it says is empty then, as Ollama's own command sends it. A null is not: to Go it
+    leaves the string as it was that stood under the same key before.
+    """
+    rest = [value for key, value in asked.items() if key not in LOADING]
+    return bool(asked) and not any(value or value is None for value in rest)

@@ -29,7 +29,7 @@ from pathlib import Path
 from types import CodeType, ModuleType
 from typing import Any, Literal, Self
 
-import kernel.agent
+from kernel import agent as contract
 from kernel.agent import BaseAgent, Clock, Context
 from kernel.config import PluginsConfig, Settings, build
 from kernel.errors import ConfigError, NotAllowed, PluginExecutionError, PluginLoadError
@@ -301,11 +301,13 @@ def scan(config: PluginsConfig, agents: Settings, environ: Mapping[str, str]) ->
         try:
             plugin.config = read_config(folder, agents.get(name, {}), environ)
             plugin.name = command_of(name, plugin.config)
-            if plugin.name in plugins:
-                raise PluginLoadError(f"/{plugin.name} is {plugins[plugin.name].folder} already")
         except PluginLoadError as exc:
             plugin.error = exc
-            plugin.config = promised(folder, agents.get(name, {}))
+            plugin.config = promised(folder, agents.get(name))
+        if plugin.name in plugins:
+            where = plugins[plugin.name].folder
+            plugin.error = PluginLoadError(f"/{plugin.name} is {where} already")
+            plugin.config = AgentConfig()  # whatever it promised, the other one is what is meant
         if not config.only or plugin.name in config.only:
             # The second of a command is listed under a name that nobody can type.
             taken = plugin.name in plugins or plugin.name in RESERVED
@@ -354,21 +356,30 @@ def refusal(guard: Plugin) -> NotAllowed:
     return NotAllowed(f"the agent {guard.name} {why}, and nothing may pass without it")
 
 
-def promised(folder: Path, overrides: Settings) -> AgentConfig:
-    """Return what can be made out of settings that are wrong: is it meant to be a guard?"""
+def promised(folder: Path, overrides: Any) -> AgentConfig:
+    """Return what can be made out of settings that are wrong: are they those of a guard?"""
     file = folder / "config.json"
     text = file.read_text(encoding="utf-8", errors="replace") if file.is_file() else ""
-    always = overrides.get("always", '"always": true' in text)
-    on_error = overrides.get("on_error", "abort" if '"abort"' in text else "skip")
-    return AgentConfig(always=always is True, on_error="abort" if on_error == "abort" else "skip")
+    table = overrides if isinstance(overrides, dict) else {}
+
+    enabled = table.get("enabled", not re.search(r'"enabled"\s*:\s*false', text))
+    always = table.get("always", bool(re.search(r'"always"\s*:\s*true', text)))
+    on_error = table.get("on_error", "abort" if '"abort"' in text else "skip")
+    return AgentConfig(
+        enabled=enabled is not False,
+        always=always is not False,
+        on_error="skip" if on_error == "skip" else "abort",
+    )
 
 
 def canonical(model: str) -> str:
     """Return a model's name as Ollama takes it (ParseName in its types/model/name.go).
 
-    The registry, the library and the tag may be left out, and no case is told from another.
+    A scheme, the registry, the library and the tag may be left out or be there, newer ones take
+    `:local` for where it is, and no case is told from another.
     """
-    name = re.sub(r"^(?:\w+://)?(?:registry\.ollama\.ai/)?(?:library/)?", "", model.lower())
+    name = model.strip().lower().removesuffix(":local")
+    name = re.sub(r"^(?:.*?://)?(?:registry\.ollama\.ai/)?(?:library/)?", "", name)
     return name if ":" in name.rpartition("/")[2] else f"{name}:latest"
 
 
@@ -376,7 +387,9 @@ def matches(model: str, patterns: Sequence[str]) -> bool:
     """Tell whether one of the patterns means a model; none at all means every one."""
     name = canonical(model)
     names = {model.lower(), name, name.removesuffix(":latest")}
-    return not patterns or any(fnmatchcase(n, p.lower()) for n in names for p in patterns)
+    exact = {canonical(pattern) for pattern in patterns if not set(pattern) & set("*?[")}
+    meant = exact | {pattern.lower() for pattern in patterns}
+    return not patterns or any(fnmatchcase(n, pattern) for n in names for pattern in meant)
 
 
 def resolved(value: Any, environ: Mapping[str, str]) -> Any:
@@ -421,14 +434,20 @@ def load_error(exc: BaseException, folder: Path) -> PluginLoadError:
 def cure(exc: BaseException, folder: Path) -> str:
     """Return what would mend the usual mistakes of an agent's author, or nothing."""
     name = getattr(exc, "name", None) or ""
-    if isinstance(exc, ModuleNotFoundError):
-        if (folder / f"{name}.py").exists():
-            return f"; a file beside agent.py is imported with a dot: from .{name} import ..."
-        return f"; install it for the Python that runs the proxy: {sys.executable} -m pip install"
-    if isinstance(exc, NameError) and hasattr(kernel.agent, name):
+    ours = getattr(vars(contract).get(name), "__module__", "") == contract.__name__
+    if isinstance(exc, NameError) and (ours or name == "Payload"):
         return f"; is `from kernel.agent import {name}` missing?"
     if isinstance(exc, NameError) and name in sys.stdlib_module_names:
         return f"; is `import {name}` missing?"
+    if isinstance(exc, ModuleNotFoundError):
+        first, _, inner = name.partition(".")
+        if (folder / f"{first}.py").exists() or (folder / first).is_dir():
+            return f"; what is beside agent.py is imported with a dot: from .{first} import ..."
+        if inner:
+            return f"; there is no {name.rpartition('.')[2]}.py there"
+        return f"; install it for the Python that runs the proxy: {sys.executable} -m pip install"
+    if isinstance(exc, TypeError) and "__init__() missing" in str(exc):
+        return "; an agent is made without arguments, what it needs is in self.settings"
     return ""
 
 

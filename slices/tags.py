@@ -24,6 +24,9 @@ from kernel.registry import canonical
 
 Entry = dict[str, Any]
 
+# Headers of a request that no longer fit: no body is sent, and the list is to be read
+DROPPED = (b"accept-encoding", b"content-length")
+
 
 def routes(client: OllamaClient, presets: Presets) -> list[Route]:
     return [
@@ -56,7 +59,7 @@ class Tags:
     async def extended(self, scope: Scope, send: Send) -> None:
         """Send all of the list but its end."""
         headers = relay.request_headers(scope, self.client)
-        headers = [pair for pair in headers if pair[0] != b"accept-encoding"]
+        headers = [pair for pair in headers if pair[0] not in DROPPED]
         async with aclosing(
             await self.client.forward("GET", relay.target_of(scope), headers)
         ) as answer:
@@ -72,7 +75,7 @@ class Tags:
         try:
             listed = loads(body)
             listed[self.key] = [*listed[self.key], *self.added(listed[self.key])]
-        except (ValueError, TypeError, LookupError):
+        except (ValueError, TypeError, LookupError, AttributeError, RecursionError):
             return body  # no list that we know
         return dumps(listed)
 

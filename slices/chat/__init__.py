@@ -98,12 +98,20 @@ class Chat:
             await self.prepare(turn)
         if turn.reply is not None:
             return await self.send_reply(turn, turn.reply, scope, send)
+        self.check_model(turn)
         body = dumps(turn.payload)
         headers = [p for p in relay.request_headers(scope, self.client) if p[0] not in REPLACED]
         headers.append((b"accept-encoding", b"identity"))
         answer = await self.client.forward("POST", relay.target_of(scope), headers, body)
         async with aclosing(answer):
             await self.send_answer(turn, answer, scope, send)
+
+    def check_model(self, turn: Turn) -> None:
+        """Raise NotAllowed where an agent chose a model whose guard has not seen the request."""
+        model, seen = turn.payload.get("model"), [run.plugin for run in turn.runs]
+        for guard in self.reader.registry.guards(model if isinstance(model, str) else None):
+            if turn.runs and guard not in seen:
+                raise refusal(guard)
 
     async def prepare(self, turn: Turn) -> None:
         """Run the request hooks: they change the payload, or reply."""
@@ -147,7 +155,7 @@ class Chat:
         """Send an answer that no model gave, in the client's dialect."""
         if not turn.takes_replies(self.dialect):
             raise BadRequest(text)
-        kind, frames = self.dialect.answer(turn.payload, text)
+        kind, frames = self.dialect.answer(turn.asked, text)
         headers = [(b"content-type", kind), *facts(scope).cors]
         streams = kind == self.dialect.stream_type
         editor = self.editor(turn, whole=not streams) or Editor(self.dialect, [], [])
@@ -174,8 +182,8 @@ class Chat:
     def editor(self, turn: Turn, *, whole: bool) -> Editor | None:
         """Return what edits the answer, or None where it must or may stay as it is."""
         order = response_order(turn.runs)
-        order = [run for run in order if edits(run.plugin, turn.payload, self.dialect)]
-        prose = turn.takes_replies(self.dialect) and not turn.payload.get("logprobs")
+        order = [run for run in order if edits(run.plugin, turn.asked, self.dialect)]
+        prose = turn.takes_replies(self.dialect) and not turn.asked.get("logprobs")
         noticed = turn.runs if self.notice and prose else []
         if not order and not notice(noticed):
             return None

@@ -190,25 +190,25 @@ class Additions:
         user = last_user({"messages": old})
         self.inserted: defaultdict[int, list[Message]] = defaultdict(list)  # by what they precede
         self.text = ""
-        at = 0
-        for message in new:
-            if at < len(old) and message == old[at]:
-                at += 1
-            elif at < len(old) and old[at] is user and (text := text_added(message, user)):
+        at = len(old)
+        for message in reversed(new):  # what is added is mostly older than what was asked
+            if at and message == old[at - 1]:
+                at -= 1
+            elif at and old[at - 1] is user and (text := text_added(message, user)):
                 self.text = text
-                at += 1
+                at -= 1
             else:
-                self.inserted[at].append(message)
-        if before != after or at < len(old):
+                self.inserted[at].insert(0, message)
+        if before != after or at:
             raise PluginExecutionError(f"changed more than can be merged: {ALONE}")
 
 
 def text_added(message: Message, user: Message) -> str:
     """Return what stands before the text of `user` in a message that is the same but for that."""
     text, old = text_of(message), text_of(user)
-    same = copy.deepcopy(message)
-    set_text(same, old)
-    return text[: len(text) - len(old)] if text.endswith(old) and same == user else ""
+    same = copy.deepcopy(user)
+    set_text(same, text)
+    return text.removesuffix(old) if text.endswith(old) and same == message else ""
 
 
 def merged(body: bytes, parts: Sequence[Additions]) -> bytes:
@@ -232,8 +232,9 @@ def encoded(original: Payload, result: Any) -> bytes:
     messages = result.get("messages")
     if not isinstance(messages, list) or not messages:
         raise PluginExecutionError("returned a payload without a list of messages")
-    if not all(isinstance(message, dict) for message in messages):
-        raise PluginExecutionError("returned a message that is not a dict")
+    if not all(is_message(message) for message in messages):
+        text = "returned a message that is no dict, or whose content is neither text nor parts"
+        raise PluginExecutionError(text)
     if "stream" in original:
         result["stream"] = original["stream"]
     else:
@@ -242,6 +243,14 @@ def encoded(original: Payload, result: Any) -> bytes:
         return dumps(result)
     except (TypeError, ValueError, RecursionError) as exc:
         raise PluginExecutionError(f"returned what is no JSON: {exc}") from exc
+
+
+def is_message(message: Any) -> bool:
+    """Tell whether something is a message, as either dialect knows it."""
+    content = message.get("content") if isinstance(message, dict) else 0
+    if isinstance(content, list):
+        return all(isinstance(p, dict) and isinstance(p.get("text", ""), str) for p in content)
+    return content is None or isinstance(content, str)
 
 
 def wrong(result: Any, due: str) -> PluginExecutionError:

@@ -35,7 +35,7 @@ class Command:
 
     name: str
     arguments: str = ""
-    joined: bool = False  # at the same time as the one before it
+    together: tuple[str, ...] = ()  # the names that it was joined to by &
 
 
 class Grammar:
@@ -84,7 +84,8 @@ class Grammar:
             name = found["name"].lower()
             if not self._known(name):
                 return None
-            commands.append(Command(name, found["arguments"] or "", joined=bool(commands)))
+            partners = tuple(command.name for command in commands)
+            commands.append(Command(name, found["arguments"] or "", partners))
             if not text.startswith("&", found.end()):
                 return commands, found.end()
             at = found.end() + 1

@@ -23,7 +23,7 @@ from kernel.log import facts
 from kernel.metrics import Metrics
 from kernel.models import Presets
 from kernel.registry import Plugin, PluginRegistry, refusal
-from slices.chat.chain import Run
+from slices.chat.chain import Run, is_message
 from slices.chat.commands import EXPLAIN, Command, Grammar, help_text, parse_arguments, unavailable
 
 AGENTS = b"x-osp-agents"
@@ -38,6 +38,7 @@ class Turn:
     """One touched request: the payload without its commands, and the agents in play."""
 
     payload: Payload
+    asked: Payload  # as the client meant it, whatever agents make of it
     commands: list[Command] = field(default_factory=list)  # asked for, each agent once
     runs: list[Run] = field(default_factory=list)  # always-on agents first
     explain: bool = False  # what the agents do is asked for, not the model's answer
@@ -45,7 +46,7 @@ class Turn:
 
     def takes_replies(self, dialect: Dialect) -> bool:
         """Tell whether prose is a possible answer: the client wants no JSON and no tool call."""
-        return not (dialect.is_structured(self.payload) or self.payload.get("tools"))
+        return not (dialect.is_structured(self.asked) or self.asked.get("tools"))
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,7 +74,8 @@ class TurnReader:
             self.registry.check_guards(None)
             return None
         facts(scope).model = payload["model"]
-        header = next((v.decode("latin-1") for k, v in scope["headers"] if k == AGENTS), None)
+        headers = [v.decode("latin-1") for k, v in scope["headers"] if k == AGENTS]
+        header = " ".join(headers) if headers else None
         named, suffix = split_model(payload["model"])
         preset = self.presets.find(named)
         payload["model"] = preset.model if preset else named
@@ -82,7 +84,7 @@ class TurnReader:
         if preset:
             strict += self.listed(f"the preset {named}", preset.agents)
         if not payload.get("messages"):  # it loads or unloads a model: nobody's turn
-            return Turn(payload) if marked else None
+            return Turn(payload, payload) if marked else None
         guards = self.registry.guards(payload["model"])
         for guard in guards:
             blind = guard.responds and not edits(guard, payload, self.dialect)
@@ -95,8 +97,8 @@ class TurnReader:
             return None
         commands = [*strict, *typed]
         agents = [command for command in commands if command.name != EXPLAIN]
-        turn = Turn(payload, unique(agents), explain=len(agents) < len(commands))
-        if about is not None and not turn.commands:
+        turn = Turn(payload, payload, unique(agents), explain=len(agents) < len(commands))
+        if about is not None:
             turn.reply = self.help(about)
         else:
             self.enlist(turn, always, strict, scope)
@@ -130,6 +132,7 @@ class TurnReader:
     ) -> None:
         """Fill in the runs, or the reply where a command cannot be obeyed."""
         commands = {command.name: command for command in turn.commands}
+        spelled = {(command.name, command.arguments) for command in strict}
         asked = [self.registry.plugins[name] for name in commands]
         state: dict[str, Any] = {}
         for plugin in [*always, *(plugin for plugin in asked if plugin not in always)]:
@@ -137,7 +140,7 @@ class TurnReader:
             try:
                 arguments = self.arguments(plugin, command)
             except BadRequest as exc:
-                if command in strict:
+                if command and (command.name, command.arguments) in spelled:
                     raise
                 turn.reply = f"{exc}\n\n{self.help(plugin.name)}"
                 return turn.runs.clear()  # nobody else has a say in this
@@ -155,8 +158,9 @@ class TurnReader:
             )
             agent = plugin.instance(context, arguments)
             limit = plugin.config.timeout or self.timeout
-            behind = bool(turn.runs) and turn.runs[-1].plugin not in always
-            joined = command is not None and command.joined and behind
+            before = turn.runs[-1].plugin if turn.runs else plugin
+            together = command.together if command and before not in always else ()
+            joined = before.name in together
             turn.runs.append(Run(plugin, agent, limit, self.metrics, joined))
 
     def arguments(self, plugin: Plugin, command: Command | None) -> dict[str, Any]:
@@ -192,22 +196,15 @@ def parse(body: bytes, dialect: Dialect) -> Payload | None:
     options = payload.get("options") or {}
     if not isinstance(messages, list) or not isinstance(options, dict) or misspelt(payload):
         return None
-    parts_too = dialect is OPENAI
-    return payload if all(is_message(message, parts_too) for message in messages) else None
+    if not all(is_message(message) and not misspelt(message) for message in messages):
+        return None
+    parts = any(isinstance(message.get("content"), list) for message in messages)
+    return None if parts and dialect is not OPENAI else payload
 
 
 def misspelt(table: Mapping[str, Any]) -> bool:
     """Tell whether a known key stands there in another case, which Go would take for it."""
     return any(key not in KNOWN_KEYS and key.casefold() in KNOWN_KEYS for key in table)
-
-
-def is_message(message: Any, parts_too: bool) -> bool:
-    if not isinstance(message, dict) or misspelt(message):
-        return False
-    content = message.get("content")
-    if isinstance(content, list) and parts_too:
-        return all(isinstance(p, dict) and isinstance(p.get("text", ""), str) for p in content)
-    return content is None or isinstance(content, str)
 
 
 def edits(plugin: Plugin, payload: Payload, dialect: Dialect) -> bool:
@@ -219,7 +216,7 @@ def edits(plugin: Plugin, payload: Payload, dialect: Dialect) -> bool:
 def split_model(model: str) -> tuple[str, str | None]:
     """Split `llama3.2:3b+rag+translate:de` into the model and its suffix, as commands."""
     name, plus, suffix = model.partition("+")  # + is no legal character of a model's name
-    return name, " ".join(f"/{part}" for part in suffix.split("+")) if plus else None
+    return name, f"/{suffix}".replace("&+", "&/").replace("+", " /") if plus else None
 
 
 def unique(commands: Sequence[Command]) -> list[Command]:
@@ -231,7 +228,9 @@ def unique(commands: Sequence[Command]) -> list[Command]:
 
 def is_bare(payload: Payload) -> bool:
     """Tell whether the last user message says nothing and shows nothing."""
-    message = last_user(payload) or {}
+    message = last_user(payload)
+    if message is None:
+        return False
     content = message.get("content")
     shows = isinstance(content, list) and any(part.get("type") != "text" for part in content)
     return not (text_of(message).strip() or message.get("images") or shows)
