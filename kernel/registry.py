@@ -120,6 +120,7 @@ class PluginRegistry:
         self._reloading = asyncio.Lock()
         self._watching: asyncio.Task[None] | None = None
         self._burying: set[asyncio.Task[None]] = set()
+        self._loading: list[Plugin] = []
         self._retired: set[Plugin] = set()  # replaced, but requests are under way with them
         self.plugins: Mapping[str, Plugin] = self._scan()
 
@@ -134,7 +135,7 @@ class PluginRegistry:
     async def __aexit__(self, *exc_info: object) -> None:
         if self._watching:
             self._watching.cancel()
-        everyone = [*self.plugins.values(), *self._retired]
+        everyone = {*self.plugins.values(), *self._loading, *self._retired}
         await asyncio.gather(*self._burying, *(self._teardown(plugin) for plugin in everyone))
         sys.meta_path.remove(self._finder)
 
@@ -151,19 +152,23 @@ class PluginRegistry:
                 fields = {"error": str(exc)}
                 return logger.warning("plugins stay as they are", extra={"fields": fields})
             before = {plugin.folder: (name, plugin) for name, plugin in self.plugins.items()}
-            fresh = [plugin for plugin in found.values() if plugin.folder not in unchanged]
-            await asyncio.gather(*(self._load(plugin) for plugin in fresh))
-            plugins: dict[str, Plugin] = {}
+            plugins = {}
             for name, plugin in found.items():
                 old_name, old = before.get(plugin.folder, (name, plugin))
-                if plugin not in fresh:
-                    name, plugin = old_name, old
-                elif plugin.error and old.agent:
+                won = found.get(plugin.name) is plugin  # else another folder has its command
+                if won and old.agent and plugin.folder in unchanged:
+                    plugins[old_name] = old
+                    continue
+                self._loading.append(plugin)
+                await self._load(plugin)
+                if won and plugin.error and old.agent:
                     old.error = plugin.error
-                    name, plugin = old_name, old
-                plugins[name] = plugin
-            old_plugins, self.plugins = self.plugins, plugins
-            self._retired |= set(old_plugins.values()) - set(plugins.values())
+                    plugins[old_name] = old
+                else:
+                    plugins[name] = plugin
+            self._retired |= set(self.plugins.values()) - set(plugins.values())
+            self.plugins = plugins
+            self._loading.clear()
             self._bury()
         fields = {"agents": " ".join(loaded(self.plugins)) or "none"}
         logger.info("agents loaded", extra={"fields": fields})
@@ -333,6 +338,8 @@ def read_config(folder: Path, overrides: Settings, environ: Mapping[str, str]) -
     file = folder / "config.json"
     try:
         table = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+        if not isinstance(table, dict) or not isinstance(overrides, dict):
+            raise ConfigError("what is said of an agent must be a table")
         declared = build(AgentConfig, table, str(file), folder)
         said = build(AgentConfig, overrides, f"[agents] {folder.name}", folder)
         for key in said.settings:
@@ -345,7 +352,7 @@ def read_config(folder: Path, overrides: Settings, environ: Mapping[str, str]) -
             if not isinstance(default, str | int | float):
                 raise ConfigError(f"arguments: {key} must be a string, a number or a boolean")
         settings = {key: resolved(value, environ) for key, value in settings.items()}
-    except (OSError, ValueError, ConfigError, AttributeError, TypeError) as exc:
+    except (OSError, ValueError, ConfigError, RecursionError) as exc:
         raise PluginLoadError(str(exc), type(exc).__name__, str(file)) from exc
     top = {key: getattr(said, key) for key in overrides}
     return replace(declared, **{**top, "settings": settings, "arguments": arguments})
@@ -410,7 +417,7 @@ def command_of(name: str, config: AgentConfig) -> str:
 
 def agent_class(module: ModuleType) -> type[BaseAgent]:
     """Return the one subclass of BaseAgent that a module defines. Raises PluginLoadError."""
-    kinds = [kind for kind in vars(module).values() if isinstance(kind, type)]
+    kinds = {kind: None for kind in vars(module).values() if isinstance(kind, type)}
     found = [k for k in kinds if issubclass(k, BaseAgent) and k.__module__ == module.__name__]
     if len(found) != 1:
         names = ", ".join(kind.__name__ for kind in found) or "none"
@@ -435,7 +442,7 @@ def cure(exc: BaseException, folder: Path) -> str:
     """Return what would mend the usual mistakes of an agent's author, or nothing."""
     name = getattr(exc, "name", None) or ""
     ours = getattr(vars(contract).get(name), "__module__", "") == contract.__name__
-    if isinstance(exc, NameError) and (ours or name == "Payload"):
+    if isinstance(exc, NameError) and (ours or name in ("Message", "Payload")):
         return f"; is `from kernel.agent import {name}` missing?"
     if isinstance(exc, NameError) and name in sys.stdlib_module_names:
         return f"; is `import {name}` missing?"

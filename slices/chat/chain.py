@@ -5,7 +5,8 @@ it returns counts only if it came in time and can be sent. Request hooks run in 
 runs: always-on agents first, then what was asked for. Agents that are joined by `&` run at once on
 the same payload, and what they added is merged. In the other direction, agents that only
 respond are a pipe, left to right; agents with both hooks wrap around it and close in reverse;
-always-on ones that only respond have the last word.
+always-on ones that only respond have the last word. One that is `innermost` stands next to
+the model, whatever was typed: the last to see the request, the first to see the answer.
 """
 
 from __future__ import annotations
@@ -232,9 +233,11 @@ def encoded(original: Payload, result: Any) -> bytes:
     messages = result.get("messages")
     if not isinstance(messages, list) or not messages:
         raise PluginExecutionError("returned a payload without a list of messages")
-    if not all(is_message(message) for message in messages):
-        text = "returned a message that is no dict, or whose content is neither text nor parts"
-        raise PluginExecutionError(text)
+    for message in messages:
+        if not isinstance(message, dict):
+            raise PluginExecutionError("returned a message that is not a dict")
+        if not is_message(message):
+            raise wrong(message["content"], "a message's content is text or a list of parts")
     if "stream" in original:
         result["stream"] = original["stream"]
     else:
@@ -263,12 +266,14 @@ def wrong(result: Any, due: str) -> PluginExecutionError:
 
 def response_order(runs: Sequence[Run]) -> list[Run]:
     """Return the runs whose response hooks are due, in the order in which text goes through."""
-    due = [run for run in runs if run.due and run.plugin.responds]
+    responding = [run for run in runs if run.due and run.plugin.responds]
+    inner = [run for run in reversed(responding) if run.agent.innermost]
+    due = [run for run in responding if not run.agent.innermost]
     wraps = [run for run in reversed(due) if run.has("on_request")]
     rest = [run for run in due if not run.has("on_request")]
     pipe = [run for run in rest if not run.plugin.config.always]
     last = [run for run in rest if run.plugin.config.always]
-    return [*pipe, *wraps, *last]
+    return [*inner, *pipe, *wraps, *last]
 
 
 def summary(runs: Sequence[Run]) -> str:

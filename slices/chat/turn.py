@@ -135,7 +135,8 @@ class TurnReader:
         spelled = {(command.name, command.arguments) for command in strict}
         asked = [self.registry.plugins[name] for name in commands]
         state: dict[str, Any] = {}
-        for plugin in [*always, *(plugin for plugin in asked if plugin not in always)]:
+        plugins = [*always, *(plugin for plugin in asked if plugin not in always)]
+        for plugin in sorted(plugins, key=is_innermost):
             command = commands.get(plugin.name)
             try:
                 arguments = self.arguments(plugin, command)
@@ -160,7 +161,7 @@ class TurnReader:
             limit = plugin.config.timeout or self.timeout
             before = turn.runs[-1].plugin if turn.runs else plugin
             together = command.together if command and before not in always else ()
-            joined = before.name in together
+            joined = before.name in together and not agent.innermost
             turn.runs.append(Run(plugin, agent, limit, self.metrics, joined))
 
     def arguments(self, plugin: Plugin, command: Command | None) -> dict[str, Any]:
@@ -174,6 +175,10 @@ class TurnReader:
     def help(self, name: str) -> str:
         plugins = self.registry.plugins
         return help_text([plugins[name]] if name else plugins.values(), self.typed.prefix)
+
+
+def is_innermost(plugin: Plugin) -> bool:
+    return plugin.agent is not None and plugin.agent.innermost
 
 
 def agent_log(name: str, request_id: str) -> logging.LoggerAdapter[logging.Logger]:

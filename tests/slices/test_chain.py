@@ -35,6 +35,7 @@ class Both(BaseAgent):
     async def on_response(self, response):
         return f"{response} NAME>"
 """
+INNER = BOTH.replace("(BaseAgent):", "(BaseAgent):\n    innermost = True\n")
 FAILURES = {
     "raises": "raise ValueError('secret')",
     "exits": "raise SystemExit(3)",
@@ -95,6 +96,58 @@ async def test_agents_pipe_wrap_and_the_always_on_have_the_last_word(
 
     assert ollama.asked[0].json["messages"][0]["content"] == request_order
     assert said(answer.content) == f"y {response_order}"
+
+
+@pytest.mark.parametrize("always", [True, False])
+@pytest.mark.parametrize(
+    ("typed", "request_order", "response_order"),
+    [
+        ("/inner /mask /one x", "x <mask <inner", "inner> one> mask>"),
+        ("/one /a /inner /b x", "x <a <b <inner", "inner> one>"),
+        ("/inner&/b x", "x <b <inner", "inner>"),
+    ],
+)
+async def test_an_innermost_agent_stands_next_to_the_model_whatever_was_typed(
+    ollama: FakeOllama,
+    ollama_url: str,
+    plugins: Path,
+    always: bool,
+    typed: str,
+    request_order: str,
+    response_order: str,
+) -> None:
+    write(plugins, TAG, "a", "b")
+    write(plugins, ANSWER, "one")
+    write(plugins, BOTH, "mask")
+    write(plugins, INNER, "inner", always=always)
+    ollama.answers(done("y"))
+
+    async with running(ollama_url, plugins) as client:
+        answer = await client.post("/api/chat", json=turn(typed))
+
+    assert ollama.asked[0].json["messages"][0]["content"] == request_order
+    assert said(answer.content) == f"y {response_order}"
+
+
+@pytest.mark.parametrize("typed", ["/a&/inner&/b x", "/inner&/a&/b x", "/a&/b&/inner x"])
+async def test_an_innermost_agent_is_in_no_group(
+    ollama: FakeOllama, ollama_url: str, plugins: Path, typed: str
+) -> None:
+    code = """
+    class Adds(BaseAgent):
+        async def on_request(self, payload):
+            return add_context(payload, f"NAME sees {prompt(payload)!r};")
+    """
+    inner = "class Inner(BaseAgent):\n    innermost = True\n    on_request = seen"
+    seen = "async def seen(self, payload):\n    raise Reply(prompt(payload))\n"
+    write(plugins, code, "a", "b", "c")
+    write_agent(plugins, "inner", seen + inner)
+
+    async with running(ollama_url, plugins) as client:
+        answer = await client.post("/api/chat", json=turn(f"/c {typed}"))
+
+    together = "a sees \"c sees 'x';\\n\\nx\";\n\nb sees \"c sees 'x';\\n\\nx\";\n\n"
+    assert said(answer.content) == f"{together}c sees 'x';\n\nx"
 
 
 @pytest.mark.parametrize(
