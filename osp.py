@@ -33,7 +33,8 @@ from kernel.guard import Guard
 from kernel.log import AccessLog
 from kernel.metrics import Metrics
 from kernel.models import Presets
-from kernel.registry import PluginRegistry, loaded
+from kernel.plugin import loaded
+from kernel.registry import PluginRegistry
 from kernel.server import SETTINGS, Server, check_loop, listen, url_of
 from slices import (
     chat,

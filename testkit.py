@@ -35,7 +35,8 @@ from kernel.client import OllamaClient
 from kernel.config import AccessConfig, Config, PluginsConfig, UpstreamConfig, parse_upstream
 from kernel.dialects import OLLAMA, OPENAI, Dialect, FrameSplitter, dumps
 from kernel.errors import ConfigError, PluginLoadError
-from kernel.registry import NAME, RESERVED, Plugin, PluginRegistry, scan
+from kernel.plugin import NAME, RESERVED, Plugin, scan
+from kernel.registry import PluginRegistry
 from kernel.server import SETTINGS
 
 Messages = list[dict[str, Any]]

@@ -9,7 +9,8 @@ from __future__ import annotations
 from starlette.routing import Route
 
 from kernel.client import OllamaClient
-from kernel.models import Forward, Presets
+from kernel.forward import Forward
+from kernel.models import Presets
 from kernel.registry import PluginRegistry
 
 

@@ -12,7 +12,8 @@ from starlette.routing import Route
 from kernel.client import OllamaClient
 from kernel.errors import UpstreamError
 from kernel.log import cors_headers
-from kernel.registry import PluginRegistry, loaded
+from kernel.plugin import loaded
+from kernel.registry import PluginRegistry
 
 
 def routes(client: OllamaClient, registry: PluginRegistry) -> list[Route]:

@@ -14,7 +14,8 @@ from starlette.routing import Route
 
 from kernel.log import cors_headers
 from kernel.metrics import Metrics
-from kernel.registry import Plugin, PluginRegistry
+from kernel.plugin import Plugin
+from kernel.registry import PluginRegistry
 
 
 def routes(registry: PluginRegistry, metrics: Metrics) -> list[Route]:

@@ -19,8 +19,8 @@ from kernel import relay
 from kernel.client import OllamaClient
 from kernel.dialects import dumps, loads
 from kernel.errors import UpstreamError
-from kernel.models import Forward, Presets
-from kernel.registry import canonical
+from kernel.forward import Forward
+from kernel.models import Presets, canonical
 
 Entry = dict[str, Any]
 

@@ -24,7 +24,7 @@ from typing import Any
 import pytest
 
 from kernel.config import HOME, Config, PluginsConfig, ServerConfig, load
-from kernel.registry import scan
+from kernel.plugin import scan
 
 OURS = ("osp", "demo", "testkit", "kernel", "slices", "plugins", "tests", "bench")
 LOADERS = ("import_module", "__import__")

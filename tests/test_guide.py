@@ -9,7 +9,7 @@ from dataclasses import fields
 from pathlib import Path
 
 from kernel.config import HOME
-from kernel.registry import AgentConfig
+from kernel.plugin import AgentConfig
 
 GUIDE = (HOME / "plugins" / "README.md").read_text(encoding="utf-8")
 FILES = re.findall(r"`plugins/(\S+)`:\n\n```\w+\n(.*?)```", GUIDE, re.DOTALL)

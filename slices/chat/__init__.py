@@ -24,7 +24,8 @@ from kernel.errors import Aborted, BadRequest, BrokenAnswer, NotAllowed, Upstrea
 from kernel.log import facts
 from kernel.metrics import Metrics
 from kernel.models import Presets
-from kernel.registry import PluginRegistry, refusal
+from kernel.plugin import refusal
+from kernel.registry import PluginRegistry
 from kernel.transport import Answer, Headers
 from slices.chat.chain import Trace, notice, response_order, run_requests, summary
 from slices.chat.commands import Grammar

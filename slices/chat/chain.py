@@ -37,7 +37,7 @@ from kernel.agent import (
 from kernel.dialects import dumps
 from kernel.errors import Aborted, PluginExecutionError
 from kernel.metrics import Metrics
-from kernel.registry import Plugin, cure, place_of
+from kernel.plugin import Plugin, cure, place_of
 
 logger = logging.getLogger(__name__)
 
@@ -233,6 +233,8 @@ def encoded(original: Payload, result: Any) -> bytes:
     messages = result.get("messages")
     if not isinstance(messages, list) or not messages:
         raise PluginExecutionError("returned a payload without a list of messages")
+    if not isinstance(result.get("model"), str):
+        raise PluginExecutionError("returned a payload without a model's name")
     for message in messages:
         if not isinstance(message, dict):
             raise PluginExecutionError("returned a message that is not a dict")

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from kernel.errors import BadRequest
-from kernel.registry import Plugin
+from kernel.plugin import Plugin
 
 EXPLAIN = "explain"
 VALUE = r'"[^"]*"|“[^”]*”'

@@ -22,7 +22,8 @@ from kernel.errors import BadRequest
 from kernel.log import facts
 from kernel.metrics import Metrics
 from kernel.models import Presets
-from kernel.registry import Plugin, PluginRegistry, refusal
+from kernel.plugin import Plugin, refusal
+from kernel.registry import PluginRegistry
 from slices.chat.chain import Run, is_message
 from slices.chat.commands import EXPLAIN, Command, Grammar, help_text, parse_arguments, unavailable
 

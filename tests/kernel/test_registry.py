@@ -107,7 +107,7 @@ async def test_what_cannot_be_an_agent_says_why(plugins: Path, code: str, compla
     ("config", "complaint"),
     [
         ("{", "Expecting property name"),
-        ("[]", "items"),
+        ("[]", "must be a table"),
         ('{"descripton": "x"}', "unknown key 'descripton'; known are command, description"),
         ('{"always": "yes"}', "always: 'yes' is wrong here, it must be true or false"),
         ('{"on_error": "ignore"}', "it must be one of 'skip', 'abort'"),

@@ -16,7 +16,7 @@ from kernel.client import OllamaClient
 from kernel.config import parse_upstream
 from kernel.dialects import OLLAMA, OPENAI, Dialect, FrameSplitter, dumps
 from kernel.metrics import Metrics
-from kernel.registry import Plugin
+from kernel.plugin import Plugin
 from slices.chat.chain import Run
 from slices.chat.editor import Editor, Stage
 from tests.support import DONE, done, event, line, said
