@@ -128,7 +128,7 @@ def parse_flags(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         "osp.py", description="Slash-command agents in front of Ollama, for every client."
     )
-    parser.add_argument("command", nargs="?", choices=COMMANDS, default="serve", help=HELP)
+    parser.add_argument("command", nargs="?", default="serve", help=HELP)
     parser.add_argument("name", nargs="?", help="of the new agent")
     parser.add_argument("--config", type=Path, help="a settings file (default: osp.toml beside it)")
     parser.add_argument("--host", help="the address to listen on (default: 127.0.0.1)")
@@ -143,7 +143,11 @@ def parse_flags(arguments: list[str] | None) -> argparse.Namespace:
         const=0.03,
         help="use a built-in stand-in for Ollama, with so many seconds between two words",
     )
-    flags = parser.parse_args(arguments)
+    flags, unknown = parser.parse_known_args(arguments)
+    if unknown:
+        parser.error(f"unrecognized arguments: {' '.join(unknown)}")
+    if flags.command not in COMMANDS:
+        parser.error(f"{flags.command!r} is no command; known are {', '.join(COMMANDS)}")
     if (flags.command == "new-agent") != (flags.name is not None):
         parser.error("new-agent needs a NAME, and nothing else takes one")
     return flags

@@ -29,6 +29,7 @@ class BaseAgent:
     arguments: Mapping[str, Any]  # what this request asked for, defaults filled in, types checked
     context: Context  # this request
     innermost: bool = False  # next to the model: last to see the request, first to see the answer
+    last: bool = False  # to see the request, but for the innermost, and to see the answer
     progress: str = ""  # of what `setup` began: set it on `self` there, GET /plugins shows it
     _data_dir: Path
 

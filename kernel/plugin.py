@@ -14,6 +14,7 @@ import re
 import sys
 import traceback
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -177,7 +178,9 @@ def refusal(guard: Plugin) -> NotAllowed:
 def promised(folder: Path, overrides: Any) -> AgentConfig:
     """Return what can be made out of settings that are wrong: are they those of a guard?"""
     file = folder / "config.json"
-    text = file.read_text(encoding="utf-8", errors="replace") if file.is_file() else ""
+    text = ""
+    with suppress(OSError):  # there may be none, or it may not be read
+        text = file.read_text(encoding="utf-8", errors="replace")
     table = overrides if isinstance(overrides, dict) else {}
 
     enabled = table.get("enabled", not re.search(r'"enabled"\s*:\s*false', text))

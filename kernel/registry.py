@@ -21,7 +21,7 @@ from importlib.abc import MetaPathFinder
 from importlib.machinery import FileFinder, ModuleSpec, SourceFileLoader
 from pathlib import Path
 from types import CodeType, ModuleType
-from typing import Any, Self
+from typing import Self
 
 from kernel.agent import BaseAgent, Clock
 from kernel.config import PluginsConfig, Settings
@@ -53,7 +53,7 @@ class PluginRegistry:
         self._scan = partial(scan, config, agents, environ)
         self._reloading = asyncio.Lock()
         self._watching: asyncio.Task[None] | None = None
-        self._reloader: asyncio.Task[Any] | None = None
+        self._reloads: set[asyncio.Task[None]] = set()  # one works, the others wait for it
         self._burying: set[asyncio.Task[None]] = set()
         self._loading: list[Plugin] = []
         self._retired: set[Plugin] = set()  # replaced, but requests are under way with them
@@ -68,10 +68,10 @@ class PluginRegistry:
         return self
 
     async def __aexit__(self, *exc_info: object) -> None:
-        if under_way := {task for task in (self._watching, self._reloader) if task}:
-            for task in under_way:
-                task.cancel()
-            await asyncio.wait(under_way)
+        under_way = [*self._reloads, *filter(None, [self._watching])]
+        for task in under_way:
+            task.cancel()
+        await asyncio.gather(*under_way, return_exceptions=True)
         everyone = {*self.plugins.values(), *self._loading, *self._retired}
         await asyncio.gather(*self._burying, *(self._teardown(plugin) for plugin in everyone))
         sys.meta_path.remove(self._finder)
@@ -82,15 +82,18 @@ class PluginRegistry:
         One that fails keeps its last good version. Requests under way go on with what they began
         with, which is torn down when the last of them has ended.
         """
+        task = asyncio.create_task(self._reload(unchanged))
+        self._reloads.add(task)
+        task.add_done_callback(self._reloads.discard)
+        await task
+
+    async def _reload(self, unchanged: Collection[Path]) -> None:
         async with self._reloading:
-            self._reloader = asyncio.current_task()
             try:
                 await self._replace(unchanged)
             except (ConfigError, OSError) as exc:
                 fields = {"error": str(exc)}
                 return logger.warning("plugins stay as they are", extra={"fields": fields})
-            finally:
-                self._reloader = None
         fields = {"agents": " ".join(loaded(self.plugins)) or "none"}
         logger.info("agents loaded", extra={"fields": fields})
 
@@ -107,10 +110,12 @@ class PluginRegistry:
         for name, plugin in found.items():
             old_name, old = before.get(plugin.folder, (name, plugin))
             lost = found.get(plugin.name) is not plugin
-            if plugin not in self._loading or (plugin.error and old.agent and not lost):
-                old.error = plugin.error
-                name, plugin = old_name, old
-            plugins[name] = plugin
+            if plugin not in self._loading:
+                plugins[old_name] = old
+            elif plugin.error and old.agent and not lost:
+                plugins[old_name], old.error = old, plugin.error
+            else:
+                plugins[name] = plugin
         self._retired |= set(self.plugins.values()) - set(plugins.values())
         self.plugins = plugins
         self._loading.clear()

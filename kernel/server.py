@@ -8,6 +8,7 @@ so `Protocol` goes on with a new parser, which is told the framing and then read
 from __future__ import annotations
 
 import asyncio
+import os
 import signal
 import socket
 from types import FrameType
@@ -35,15 +36,20 @@ SETTINGS: dict[str, Any] = {
 class Server(uvicorn.Server):
     """uvicorn, but a signal that was obeyed is not raised again, and a second one ends it all.
 
-    SIGHUP reloads: it calls what the app's lifespan yields as `reload`.
+    SIGHUP reloads: it calls what the app's lifespan yields as `reload`. But where it means that the
+    terminal was closed from which the proxy was started, it stops.
     """
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
         if hasattr(signal, "SIGHUP") and "reload" in self.lifespan.state:
-            asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, self._reload)
+            started_by_hand = os.isatty(0)
+            loop = asyncio.get_running_loop()
+            loop.add_signal_handler(signal.SIGHUP, self._hang_up, started_by_hand)
 
-    def _reload(self) -> None:
+    def _hang_up(self, started_by_hand: bool) -> None:
+        if started_by_hand and not os.isatty(0):
+            return self.handle_exit(signal.SIGHUP, None)
         self._reloading = asyncio.create_task(self.lifespan.state["reload"]())
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:

@@ -138,8 +138,8 @@ async def test_a_copy_below_another_repository_runs_on_its_own(vendored: Path) -
             health = (await client.get("/health")).json()
             listed = (await client.get("/plugins")).json()["plugins"]
 
-    assert health["agents"] == ["rag", "translate"]
-    assert listed[0]["folder"] == str(vendored / "plugins" / "rag_agent")
+    assert health["agents"] == ["cache", "rag", "redact", "remember", "time", "translate"]
+    assert listed[0]["folder"] == str(vendored / "plugins" / "cache_agent")
     assert (vendored / "data").exists()
 
 
@@ -301,7 +301,15 @@ async def test_an_unknown_flag_ends_the_start_with_what_is_known() -> None:
 
     assert status == 2
     assert proxy.lines[0].startswith("usage: osp.py [-h] [--config")
-    assert proxy.lines[-1] == "osp.py: error: unrecognized arguments: --prot 1\n"
+    assert proxy.lines[-1] == "osp.py: error: unrecognized arguments: --prot\n"
+
+
+async def test_an_unknown_command_ends_the_start_with_the_known_ones() -> None:
+    async with starting("chekc") as proxy:
+        status = await proxy.ended()
+
+    assert status == 2
+    assert proxy.lines[-1].endswith("'chekc' is no command; known are serve, check, new-agent\n")
 
 
 @pytest.mark.parametrize("sig", [signal.SIGINT, signal.SIGTERM])
@@ -403,3 +411,26 @@ async def test_an_agent_that_is_stuck_does_not_keep_the_process(plugins: Path, h
         await asyncio.wait({asking})
 
     assert status == 0
+
+
+IN_A_TERMINAL = """
+import os, pty, sys
+pid, terminal = pty.fork()
+if not pid:
+    os.execv(sys.argv[1], sys.argv[1:])
+shown = b""
+while b"listening" not in shown or b"agents loaded" not in shown:
+    shown += os.read(terminal, 4096)
+os.close(terminal)
+sys.exit(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]))
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "openpty"), reason="needs a pseudo-terminal")
+async def test_closing_the_terminal_stops_what_was_started_in_it() -> None:
+    command = [sys.executable, str(HOME / "osp.py"), "--demo", "0", "--port", "0"]
+
+    with anyio.fail_after(LIMIT):
+        done = await anyio.run_process([sys.executable, "-c", IN_A_TERMINAL, *command], check=False)
+
+    assert done.returncode == 0, done.stderr

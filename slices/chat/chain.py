@@ -6,7 +6,8 @@ runs: always-on agents first, then what was asked for. Agents that are joined by
 the same payload, and what they added is merged. In the other direction, agents that only
 respond are a pipe, left to right; agents with both hooks wrap around it and close in reverse;
 always-on ones that only respond have the last word. One that is `innermost` stands next to
-the model, whatever was typed: the last to see the request, the first to see the answer.
+the model, whatever was typed: the last to see the request, the first to see the answer. One that is
+`last` sees what all others made of the request, and of the answer.
 """
 
 from __future__ import annotations
@@ -270,12 +271,13 @@ def response_order(runs: Sequence[Run]) -> list[Run]:
     """Return the runs whose response hooks are due, in the order in which text goes through."""
     responding = [run for run in runs if run.due and run.plugin.responds]
     inner = [run for run in reversed(responding) if run.agent.innermost]
-    due = [run for run in responding if not run.agent.innermost]
+    end = [run for run in reversed(responding) if run.agent.last and not run.agent.innermost]
+    due = [run for run in responding if not (run.agent.innermost or run.agent.last)]
     wraps = [run for run in reversed(due) if run.has("on_request")]
     rest = [run for run in due if not run.has("on_request")]
     pipe = [run for run in rest if not run.plugin.config.always]
     last = [run for run in rest if run.plugin.config.always]
-    return [*inner, *pipe, *wraps, *last]
+    return [*inner, *pipe, *wraps, *last, *end]
 
 
 def summary(runs: Sequence[Run]) -> str:

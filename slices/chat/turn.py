@@ -137,7 +137,7 @@ class TurnReader:
         asked = [self.registry.plugins[name] for name in commands]
         state: dict[str, Any] = {}
         plugins = [*always, *(plugin for plugin in asked if plugin not in always)]
-        for plugin in sorted(plugins, key=is_innermost):
+        for plugin in sorted(plugins, key=place):
             command = commands.get(plugin.name)
             try:
                 arguments = self.arguments(plugin, command)
@@ -162,7 +162,7 @@ class TurnReader:
             limit = plugin.config.timeout or self.timeout
             before = turn.runs[-1].plugin if turn.runs else plugin
             together = command.together if command and before not in always else ()
-            joined = before.name in together and not agent.innermost
+            joined = before.name in together and not (agent.innermost or agent.last)
             turn.runs.append(Run(plugin, agent, limit, self.metrics, joined))
 
     def arguments(self, plugin: Plugin, command: Command | None) -> dict[str, Any]:
@@ -178,8 +178,10 @@ class TurnReader:
         return help_text([plugins[name]] if name else plugins.values(), self.typed.prefix)
 
 
-def is_innermost(plugin: Plugin) -> bool:
-    return plugin.agent is not None and plugin.agent.innermost
+def place(plugin: Plugin) -> int:
+    """Return 0 for agents in their own order, 1 for one that is last, 2 for an innermost one."""
+    agent = plugin.agent
+    return 0 if agent is None else 2 if agent.innermost else int(agent.last)
 
 
 def agent_log(name: str, request_id: str) -> logging.LoggerAdapter[logging.Logger]:

@@ -486,6 +486,23 @@ async def test_an_agent_is_switched_off_and_on(ollama_url: str, plugins: Path) -
     assert notes(plugins) == ["+1", "-1", "+2", "-2"]
 
 
+async def test_an_error_is_shown_for_as_long_as_its_file_is_as_it_was(
+    ollama_url: str, plugins: Path
+) -> None:
+    folder = write(plugins, "it", 1)
+    write(plugins, "other", 1)
+
+    async with served(ollama_url, plugins) as (registry, client):
+        write(plugins, "it", 2, BROKEN)
+        await registry.reload()
+        write(plugins, "other", 2)
+        await registry.reload(unchanged=[folder])
+        agents = await listed(client)
+
+    assert agents["other"]["description"] == "Version 2."
+    assert agents["it"]["description"] == "Version 1." and "error" in agents["it"]
+
+
 async def test_what_never_loaded_is_mended(ollama_url: str, plugins: Path) -> None:
     write(plugins, "it", 1, BROKEN)
 
@@ -619,7 +636,8 @@ async def test_a_later_reload_has_the_last_word(plugins: Path) -> None:
 
 
 @needs_sighup
-async def test_a_reload_does_not_go_on_after_the_end(plugins: Path) -> None:
+@pytest.mark.parametrize("times", [1, 2])
+async def test_a_reload_does_not_go_on_after_the_end(plugins: Path, times: int) -> None:
     """The end comes while one agent is held in its setup, and another one is ready."""
     write(plugins, "it", 1)
     write(plugins, "next", 1)
@@ -628,14 +646,16 @@ async def test_a_reload_does_not_go_on_after_the_end(plugins: Path) -> None:
         open_gate = gate(plugins)
         write(plugins, "it", 2, GATED)
         write(plugins, "next", 2, VERSION.replace("def setup", "async def setup"))
-        reloading = asyncio.create_task(registry.reload())
+        reloading = [asyncio.create_task(registry.reload()) for _ in range(times)]
         await until(lambda: "+2" in notes(plugins))
+        write(plugins, "it", 3)
     await asyncio.to_thread(open_gate)
-    await asyncio.wait({reloading}, timeout=LIMIT)
+    await asyncio.wait(reloading, timeout=LIMIT)
 
     signs = Counter(note[0] for note in notes(plugins, "next"))
     assert signs["+"] == signs["-"] and "-1" in notes(plugins)
     assert not [plugin.name for plugin in registry.plugins.values() if plugin.agent]
+    assert "+3" not in notes(plugins)
 
 
 async def test_the_last_of_its_requests_buries_an_old_version_once(plugins: Path) -> None:

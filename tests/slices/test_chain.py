@@ -633,3 +633,22 @@ async def test_an_agent_can_tell_users_apart_but_sees_no_key(demo_url: str, plug
 
     assert users[0] == users[2] != users[1]
     assert users[0] and "sesame" not in users[0]
+
+
+@pytest.mark.parametrize("always", [True, False])
+async def test_what_is_last_sees_what_all_others_made_of_request_and_answer(
+    demo_url: str, plugins: Path, always: bool
+) -> None:
+    write(
+        plugins,
+        BOTH.replace("async def on_request", "last = True\n\n    async def on_request", 1),
+        "end",
+        always=always,
+    )
+    write(plugins, BOTH, "a", "b")
+
+    async with running(demo_url, plugins) as client:
+        typed = "/a /b x" if always else "/a /end /b x"
+        answer = await client.post("/api/chat", json=turn(typed, stream=False))
+
+    assert said(answer.content) == f"{SENT}[user] x <a <b <end b> a> end>"
