@@ -1,20 +1,28 @@
-"""RAG: answers from the text and Markdown files of one folder, and names its sources.
+"""RAG: answers from the files of one folder, and names its sources.
 
 `/rag what did we decide in May?` puts the passages that fit best before the question, and the
 files they stand in under the answer. The folder is the operator's setting; how many passages
-(`/rag:k=8`) is the prompt's. How they are found is the business of `index.py`.
+(`/rag:k=8`) is the prompt's. `follower.py` keeps the index in step with the folder, `reader.py` and
+`chunks.py` cut its files, `index.py` finds passages by their words and `vectors.py` by meaning.
 """
 
 from __future__ import annotations
 
+import asyncio
+from array import array
 from collections.abc import Sequence
+from contextlib import suppress
+from functools import partial
 from pathlib import Path
 
 from kernel.agent import BaseAgent, Payload, add_context, prompt
 
-from .index import Index, Passage
+from .follower import Follower
+from .index import Damaged, Index, Passage, fetch
+from .vectors import Vectors
+from .words import ranked
 
-MOST = 20  # passages for one question, whatever the prompt asks for
+MOST = 20  # passages for one question, whatever the prompt asks for, and places of a ranking
 INSTRUCTION = (
     "Answer the question that follows from these passages of our files. If they do not hold the"
     " answer, say so."
@@ -23,39 +31,85 @@ NOTHING = (
     "Our files were searched for the question that follows, and hold nothing about it. Say so"
     " before anything else."
 )
+NOTHING_YET = (
+    "Our files are still being read, and nothing about the question that follows has been found so"
+    " far. Say so before anything else."
+)
 
 
 class Rag(BaseAgent):
     """Answers from the files of a folder."""
 
     index: Index
+    follower: Follower
+    vectors: Vectors
     found: Sequence[Passage] | None = None  # None: this request did not search
+    unread = 0  # files, at that time
 
-    # Both are `def`, so that the disk is waited for in a thread and never on the loop.
     def setup(self) -> None:  # type: ignore[override]
-        folder = Path(__file__).parent / Path(self.settings["folder"]).expanduser()
-        if not self.settings["max_chars"] > 0:
-            raise ValueError(f"settings: max_chars: {self.settings['max_chars']} must be above 0")
-        self.index = Index(folder.resolve(), self.data_dir / "index.db")
-        self.index.update()
+        for name in ("max_chars", "max_file", "embed_batch", "wait"):
+            if not self.settings[name] > 0:
+                raise ValueError(f"settings: {name}: {self.settings[name]} must be above 0")
+        folder = (Path(__file__).parent / Path(self.settings["folder"]).expanduser()).resolve()
+        if not folder.is_dir():
+            raise FileNotFoundError(f"settings: folder: there is no folder {folder}")
+        told: dict[str, str] = {}
 
-    def on_request(self, payload: Payload) -> Payload:  # type: ignore[override]
-        question = prompt(payload)
+        def tell(part: str, text: str) -> None:
+            told[part] = text
+            self.progress = "; ".join(told[part] for part in sorted(told))
+
+        self.index = Index(self.data_dir / "index.db")
+        with suppress(Damaged), self.index.open():
+            pass  # so that what cannot be opened at all is known now
+        model, batch = self.settings["embed_model"], self.settings["embed_batch"]
+        self.vectors = Vectors(self.index, model, batch, partial(tell, "vectors"))
+        limit = self.settings["max_file"]
+        self.follower = Follower(self.index, folder, limit, partial(tell, "files"))
+        self.follower.start()
+
+    async def on_request(self, payload: Payload) -> Payload:
+        question = self.question(payload)
         if self.context.continuation or not question.strip():
             return payload
-        k = max(1, min(self.arguments["k"], MOST))
-        passages = self.index.search(question, k)
+        try:
+            passages = await self.find(question)
+        except Damaged:  # the index was removed, and is being made anew
+            passages = await self.find(question)
+        self.unread = self.follower.unread
         blocks = fitting(passages, self.settings["max_chars"])
         self.found = passages[: len(blocks)]
-        return add_context(payload, "\n\n".join([INSTRUCTION if blocks else NOTHING, *blocks]))
+        nothing = NOTHING_YET if self.unread else NOTHING
+        return add_context(payload, "\n\n".join([INSTRUCTION if blocks else nothing, *blocks]))
+
+    def question(self, payload: Payload) -> str:
+        """Return what was asked, without what other agents have put before it."""
+        text, asked = prompt(payload), prompt(self.context.payload)
+        return asked if text.endswith(asked) else text
+
+    async def find(self, question: str) -> list[Passage]:
+        await asyncio.to_thread(self.follower.catch_up, self.settings["wait"])
+        vector = await self.vectors.of_question(self.context, question)
+        return await asyncio.to_thread(self.search, question, vector)
+
+    def search(self, question: str, vector: array[float] | None) -> list[Passage]:
+        with self.index.open() as db:
+            db.execute("BEGIN")  # one state of the index for all that is read
+            near = self.vectors.near(db, vector, MOST) if vector else []
+            return fetch(db, ranked(db, question, near, MOST), min(self.arguments["k"], MOST))
 
     async def on_end(self) -> str:
         if self.found is None:
             return ""
-        if not self.found:
-            return "\n\n(Nothing found in the folder.)"
         sources = dict.fromkeys(f"- {passage.source}" for passage in self.found)
-        return "\n".join(["\n\nSources:", *sources])
+        lines = ["Sources:", *sources] if sources else ["(Nothing found in the folder.)"]
+        if self.unread:
+            lines.append("(The folder is still being read.)")
+        return "\n\n" + "\n".join(lines)
+
+    async def teardown(self) -> None:
+        await self.vectors.stop()
+        await asyncio.to_thread(self.follower.stop)
 
 
 def fitting(passages: Sequence[Passage], room: int) -> list[str]:
@@ -65,7 +119,7 @@ def fitting(passages: Sequence[Passage], room: int) -> list[str]:
     """
     blocks: list[str] = []
     for number, passage in enumerate(passages, 1):
-        block = f"[{number}] {passage.source}\n{passage.text}"
+        block = f"[{number}] {passage}"
         if blocks and len(block) > room:
             break
         blocks.append(block[:room])

@@ -1,60 +1,51 @@
-"""Index: the chunks of a folder's texts, in one SQLite file that ranks them by words (FTS5, bm25).
+"""Index: the passages of a folder's files, their words and their vectors, in one SQLite file.
 
-Each search first reads what has changed in the folder: a file whose time or size is not the one
-that was indexed. One file is one transaction, so that whoever dies in the middle leaves a usable
-index. It can be deleted at any time: one that is damaged, or of another version, is made anew.
-Downwards: the index, what the folder holds, how a question becomes a query.
+Every transaction leaves it whole: one file's passages, or one batch of vectors; so whoever is
+killed in the middle loses that one. It can be deleted at any time: a file that is damaged is
+removed, and one of another version is made anew. Downwards: the file, what is written into it, and
+what is read.
 """
 
 from __future__ import annotations
 
 import logging
 import os
-import re
 import sqlite3
-import stat
 import threading
-import unicodedata
-from collections.abc import Iterator
-from contextlib import closing, suppress
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
-
-from .chunks import chunks
 
 logger = logging.getLogger("plugins.rag")  # this module's own name differs from start to start
 
-SUFFIXES = (".md", ".markdown", ".txt")
-MAX_SIZE = 2_000_000  # bytes; a larger file is rather a log or a dump than something to read
-WORDS = 200  # of a question that are looked for; a pasted text has thousands
-PATIENCE = 10.0  # seconds to wait for another process that writes
-ROOM = 2**20  # row ids of chunks for each file, more than MAX_SIZE can need
-DAMAGED = (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB)
-VERSION = 1  # of the tables, and of how texts are cut: raise it when either changes
+PATIENCE = 10.0  # seconds to wait for another thread or process that writes
+ROOM = 2**32  # row ids of passages for each file
+# IOERR is what remains when the file alone was deleted under somebody who was writing.
+DAMAGED = (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB, sqlite3.SQLITE_IOERR)
+VERSION = 2  # of the tables, and of how texts are cut: raise it when either changes
+TABLES = ("files", "chunks", "vectors", "state")
 SCHEMA = (
-    "DROP TABLE IF EXISTS files",
-    "DROP TABLE IF EXISTS chunks",
-    "CREATE TABLE files (id INTEGER PRIMARY KEY, path BLOB UNIQUE, mtime_ns INT, size INT)",
-    "CREATE VIRTUAL TABLE chunks USING fts5 "
-    "(file, heading, text, tokenize = 'porter unicode61 remove_diacritics 2')",
+    # With AUTOINCREMENT no id comes again: a vector that comes late finds no other text.
+    "CREATE TABLE files (id INTEGER PRIMARY KEY AUTOINCREMENT, path BLOB UNIQUE, stamp TEXT,"
+    " problem TEXT, passages INT)",
+    "CREATE VIRTUAL TABLE chunks USING fts5"
+    " (file, heading, text, tokenize = 'porter unicode61 remove_diacritics 2')",
+    # File names and headings say what a text is about: a word counts double there.
+    "INSERT INTO chunks (chunks, rank) VALUES ('rank', 'bm25(2, 2, 1)')",
+    "CREATE TABLE vectors"
+    " (chunk INTEGER PRIMARY KEY, model TEXT, dims INT, code BLOB, vector BLOB)",
+    "CREATE INDEX codes ON vectors (model, dims, chunk, code)",
+    "CREATE TABLE state (version INT)",  # another one after each change
+    "INSERT INTO state VALUES (abs(random() / 2))",
     f"PRAGMA user_version = {VERSION}",
 )
-# File names and headings say what a text is about: a word counts double there.
-SEARCH = (
-    "SELECT file, heading, text FROM chunks WHERE chunks MATCH ?"
-    " ORDER BY bm25(chunks, 2, 2, 1), file, rowid LIMIT ?"
-)
-# Left out are words that mean something in the other language: may, will, war, man, hat.
-STOP_WORDS = frozenset(
-    "a about an and any are as at be been but by can could did do does for from had has have how i"
-    " if in is it its me my of on or our s should so t that the their there they this to us was we"
-    " were what when where which who why with would you your"
-    " aber als am auf aus bei bin bist da das dem den der des die du ein eine einem einen einer er"
-    " es für haben hatte ich ihr im ist kann können mit nach nicht noch oder sich sie sind und uns"
-    " unser unsere vom von wann warum was welche welcher wer wie wir wird wo wurde zu zum zur über"
-    "".split()
-)
-Stamp = tuple[int, int]  # of a file: its mtime_ns and its size
+Row = tuple[str, str, str]  # of a passage: its file as sources name it, its headings, its text
+
+
+class Damaged(Exception):
+    """The file was damaged and has been removed: what follows works on an empty one."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,41 +60,45 @@ class Passage:
     def source(self) -> str:
         return f"{self.file}, {self.heading}" if self.heading else self.file
 
+    def __str__(self) -> str:
+        return f"{self.source}\n{self.text}"
+
 
 class Index:
-    """The index of `folder`, a resolved path, in the SQLite file `file`."""
+    """The SQLite file `file`; any thread may open it."""
 
-    def __init__(self, folder: Path, file: Path) -> None:
-        self.folder = folder
+    def __init__(self, file: Path) -> None:
         self.file = file
-        self._lock = threading.Lock()  # a second request needs what the first one is reading
+        self._lock = threading.Lock()
+        self._removed = 0  # times
 
-    def update(self) -> None:
-        """Read what has changed in the folder; raises what `search` raises."""
-        self.search("", 0)
+    @contextmanager
+    def open(self) -> Iterator[sqlite3.Connection]:
+        """Open the file, made where it is not there. Raises Damaged, and sqlite3.Error."""
+        removed = self._removed
+        try:
+            with closing(self._connect()) as db:
+                prepare(db)
+                yield db
+                if db.total_changes:  # or closing would do it, and keep everybody out meanwhile
+                    db.execute("PRAGMA wal_checkpoint")
+        except sqlite3.DatabaseError as exc:
+            if not is_damage(exc):
+                raise
+            self._remove(removed, exc)
+            raise Damaged from exc
 
-    def search(self, question: str, k: int) -> list[Passage]:
-        """Return up to `k` passages that share words with the question, the best first.
+    def _connect(self) -> sqlite3.Connection:
+        return sqlite3.connect(self.file, timeout=PATIENCE, isolation_level=None)
 
-        Raises FileNotFoundError when the folder is not there, and sqlite3.Error.
-        """
+    def _remove(self, removed: int, error: Exception) -> None:
         with self._lock:
-            try:
-                return self._search(question, k)
-            except sqlite3.DatabaseError as exc:
-                if not is_damage(exc):
-                    raise
-                logger.warning("index is damaged, making it anew", extra=fields(error=exc))
+            if self._removed > removed:  # by another thread, which met the same damage
+                return
+            self._removed += 1
+            logger.warning("index is damaged, making it anew", extra=fields(error=error))
             for suffix in ("", "-wal", "-shm", "-journal"):
                 Path(f"{self.file}{suffix}").unlink(missing_ok=True)
-            return self._search(question, k)
-
-    def _search(self, question: str, k: int) -> list[Passage]:
-        connection = sqlite3.connect(self.file, timeout=PATIENCE, isolation_level=None)
-        with closing(connection) as db:
-            prepare(db)
-            update(db, self.folder)
-            return [Passage(*row) for row in db.execute(SEARCH, [query(question), k])]
 
 
 def is_damage(error: sqlite3.DatabaseError) -> bool:
@@ -121,7 +116,7 @@ def prepare(db: sqlite3.Connection) -> None:
     with db:
         db.execute("BEGIN IMMEDIATE")
         if version(db) != VERSION:
-            for statement in SCHEMA:
+            for statement in (*(f"DROP TABLE IF EXISTS {table}" for table in TABLES), *SCHEMA):
                 db.execute(statement)
 
 
@@ -129,80 +124,59 @@ def version(db: sqlite3.Connection) -> int:
     return int(db.execute("PRAGMA user_version").fetchone()[0])
 
 
-def update(db: sqlite3.Connection, folder: Path) -> None:
-    """Make the index say what the folder says."""
-    rows = db.execute("SELECT path, mtime_ns, size FROM files").fetchall()
-    known = {os.fsdecode(path): (mtime, size) for path, mtime, size in rows}
-    found = dict(texts(folder))
-    for path in known.keys() - found.keys():
-        with db:
-            db.execute("BEGIN IMMEDIATE")
-            forget(db, path)
-    for path, stamp in found.items():
-        if known.get(path) != stamp:
-            read(db, folder, path, stamp)
-
-
-def read(db: sqlite3.Connection, folder: Path, path: str, stamp: Stamp) -> None:
-    """Put one file into the index, in place of what it was.
-
-    A file that is too large is remembered without chunks, and so named in the log once; one that
-    cannot be read is not, because a change of its permissions does not change its stamp.
-    """
-    name = os.fsencode(Path(path).relative_to(folder).as_posix()).decode("utf-8", "replace")
-    text = ""
-    if stamp[1] > MAX_SIZE:
-        logger.warning("file is too large", extra=fields(file=name, bytes=stamp[1], most=MAX_SIZE))
-    else:
-        try:
-            text = Path(path).read_bytes().decode("utf-8-sig", "replace")
-        except OSError as exc:
-            logger.warning("file cannot be read", extra=fields(file=name, error=exc.strerror))
-            return
+@contextmanager
+def writing(db: sqlite3.Connection) -> Iterator[None]:
+    """Make one transaction of the block, and roll it back when the block fails."""
     with db:
         db.execute("BEGIN IMMEDIATE")
-        forget(db, path)
-        add = "INSERT INTO files (path, mtime_ns, size) VALUES (?, ?, ?)"
-        first = (db.execute(add, [os.fsencode(path), *stamp]).lastrowid or 0) * ROOM
-        rows = ((first + n, name, *chunk) for n, chunk in enumerate(chunks(text, name)))
-        db.executemany("INSERT INTO chunks (rowid, file, heading, text) VALUES (?, ?, ?, ?)", rows)
+        db.execute("UPDATE state SET version = version + 1")
+        yield
 
 
-def forget(db: sqlite3.Connection, path: str) -> None:
-    for (row,) in db.execute("SELECT id FROM files WHERE path = ?", [os.fsencode(path)]).fetchall():
-        ends = [row * ROOM, (row + 1) * ROOM - 1]
+def known(db: sqlite3.Connection, *, with_left_out: bool) -> dict[str, str]:
+    """Return the stamp of each file by its path."""
+    rows = db.execute("SELECT path, stamp FROM files WHERE problem = '' OR ?", [with_left_out])
+    return {os.fsdecode(path): stamp for path, stamp in rows}
+
+
+def counts(db: sqlite3.Connection) -> tuple[int, int, list[tuple[str, str]]]:
+    """Return the numbers of files and of passages, and (path, problem) of what was left out."""
+    rows = db.execute("SELECT path, problem FROM files WHERE problem <> '' ORDER BY path")
+    problems = [(os.fsdecode(path), problem) for path, problem in rows]
+    find = "SELECT count(*), coalesce(sum(passages), 0) FROM files WHERE problem = ''"
+    return (*db.execute(find).fetchone(), problems)
+
+
+def put(db: sqlite3.Connection, path: str, stamp: str, problem: str, rows: Sequence[Row]) -> None:
+    """Put a file's passages in the place of those that it had."""
+    with writing(db):
+        drop(db, path)
+        add = "INSERT INTO files (path, stamp, problem, passages) VALUES (?, ?, ?, ?)"
+        file = db.execute(add, [os.fsencode(path), stamp, problem, len(rows)]).lastrowid or 0
+        add = "INSERT INTO chunks (rowid, file, heading, text) VALUES (?, ?, ?, ?)"
+        db.executemany(add, ((file * ROOM + n, *row) for n, row in enumerate(rows)))
+
+
+def forget(db: sqlite3.Connection, paths: Iterable[str]) -> None:
+    """Take files and their passages out."""
+    with writing(db):
+        for path in paths:
+            drop(db, path)
+
+
+def drop(db: sqlite3.Connection, path: str) -> None:
+    delete = "DELETE FROM files WHERE path = ? RETURNING id"
+    for (file,) in db.execute(delete, [os.fsencode(path)]).fetchall():
+        ends = [file * ROOM, (file + 1) * ROOM - 1]
         db.execute("DELETE FROM chunks WHERE rowid BETWEEN ? AND ?", ends)
-        db.execute("DELETE FROM files WHERE id = ?", [row])
+        db.execute("DELETE FROM vectors WHERE chunk BETWEEN ? AND ?", ends)
 
 
-def texts(folder: Path) -> Iterator[tuple[str, Stamp]]:
-    """Yield the path and the stamp of each text; hidden files and folders are left out."""
-    if not folder.is_dir():
-        raise FileNotFoundError(f"settings: folder: there is no folder {folder}")
-    for parent, folders, names in os.walk(folder):
-        folders[:] = [name for name in folders if not name.startswith(".")]
-        for name in names:
-            if name.lower().endswith(SUFFIXES) and not name.startswith("."):
-                path = os.path.join(parent, name)
-                with suppress(OSError):  # deleted since, or a link to nowhere
-                    entry = os.stat(path)
-                    if stat.S_ISREG(entry.st_mode) and inside(folder, path):
-                        yield path, (entry.st_mtime_ns, entry.st_size)
-
-
-def inside(folder: Path, path: str) -> bool:
-    """Say whether a file is in the folder, and not only a link to one elsewhere."""
-    return not os.path.islink(path) or Path(os.path.realpath(path)).is_relative_to(folder)
-
-
-def query(question: str) -> str:
-    """Return the question as an FTS5 query: its words, quoted, so that none is an operator.
-
-    A question without words becomes the empty word, which finds nothing.
-    """
-    words = dict.fromkeys(re.findall(r"\w+", unicodedata.normalize("NFC", question).lower()))
-    telling = [word for word in words if word not in STOP_WORDS] or list(words)
-    return " OR ".join(f'"{word}"' for word in telling[:WORDS] or [""])
+def fetch(db: sqlite3.Connection, ids: Iterable[int], most: int) -> list[Passage]:
+    """Return the passages of the first `most` ids, of one at least, that are still there."""
+    find = "SELECT file, heading, text FROM chunks WHERE rowid = ?"
+    rows = (row for item in ids for row in db.execute(find, [item]))
+    return [Passage(*row) for row in islice(rows, max(1, most))]
 
 
 def fields(**values: object) -> dict[str, dict[str, object]]:
