@@ -41,16 +41,17 @@ class Server(uvicorn.Server):
     """
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        await super().startup(sockets)
-        if hasattr(signal, "SIGHUP") and "reload" in self.lifespan.state:
+        if hasattr(signal, "SIGHUP"):
             started_by_hand = os.isatty(0)
             loop = asyncio.get_running_loop()
             loop.add_signal_handler(signal.SIGHUP, self._hang_up, started_by_hand)
+        await super().startup(sockets)
 
     def _hang_up(self, started_by_hand: bool) -> None:
         if started_by_hand and not os.isatty(0):
             return self.handle_exit(signal.SIGHUP, None)
-        self._reloading = asyncio.create_task(self.lifespan.state["reload"]())
+        if reload := self.lifespan.state.get("reload"):  # else it is about to be loaded
+            self._reloading = asyncio.create_task(reload())
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         if self.should_exit:
