@@ -21,7 +21,6 @@ from pathlib import Path
 from typing import Any
 
 import uvicorn
-from starlette.routing import Router
 from starlette.types import ASGIApp
 
 import demo
@@ -35,7 +34,7 @@ from kernel.metrics import Metrics
 from kernel.models import Presets
 from kernel.plugin import loaded
 from kernel.registry import PluginRegistry
-from kernel.server import SETTINGS, Server, check_loop, listen, url_of
+from kernel.server import SETTINGS, Paths, Server, check_loop, listen, url_of
 from slices import (
     chat,
     embeddings,
@@ -86,7 +85,7 @@ def create_app(config: Config, registry: PluginRegistry | None = None) -> ASGIAp
         *tags.routes(client, presets),
         *own,
     ]
-    router = Router(
+    router = Paths(
         routes,
         default=passthrough.endpoint(client),
         redirect_slashes=False,

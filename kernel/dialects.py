@@ -27,14 +27,16 @@ def dumps(value: Any) -> bytes:
 
     Raises ValueError for NaN and infinity, TypeError for what is no JSON.
     """
-    text = json.dumps(value, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
-    return UNSAFE.sub(lambda found: f"\\u{ord(found[0]):04x}", text).encode()
+    text = ENCODER.encode(value)
+    if not text.isascii() or "\x7f" in text:
+        text = UNSAFE.sub(lambda found: f"\\u{ord(found[0]):04x}", text)
+    return text.encode()
 
 
 def loads(data: bytes) -> Any:
     """Decode strict JSON: UTF-8 without BOM, no NaN, no infinity. Raises ValueError and
     RecursionError."""
-    return json.loads(data.decode(), parse_constant=reject, parse_float=finite)
+    return DECODER.decode(data.decode())
 
 
 def reject(constant: str) -> NoReturn:
@@ -44,6 +46,11 @@ def reject(constant: str) -> NoReturn:
 def finite(text: str) -> float:
     number = float(text)
     return reject(text) if number in (float("inf"), float("-inf")) else number
+
+
+# Made once: json.dumps and json.loads make one for each call that wants something special.
+ENCODER = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"), allow_nan=False)
+DECODER = json.JSONDecoder(parse_constant=reject, parse_float=finite)
 
 
 def words(text: str) -> list[str]:

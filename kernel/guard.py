@@ -15,6 +15,7 @@ import posixpath
 import re
 import socket
 from collections.abc import Collection
+from functools import lru_cache
 from urllib.parse import unquote
 
 from starlette.types import ASGIApp, Receive, Scope, Send
@@ -81,7 +82,7 @@ class Guard:
         if not VALID.fullmatch(host):
             raise BadRequest(": malformed Host header")
         own, known = scope["path"] in self.own, facts(scope)
-        if (self.loopback or own) and not self.allowed_host(host_name(host).lower()):
+        if (self.loopback or own) and not self.allowed_host(host_name(host)):
             raise NotAllowed
         for origin in values(scope, b"origin"):
             if origin in (f"http://{host}", f"https://{host}"):
@@ -100,6 +101,8 @@ class Guard:
         return name.endswith((".localhost", ".local", ".internal")) or is_near(name)
 
     def check_path(self, path: str) -> None:
+        if not self.access.deny:
+            return
         # Ollama's router unescapes, and cleans what has // or .. in it
         clean = posixpath.normpath("/" + unquote(path).lstrip("/"))
         for closed in self.access.deny:
@@ -108,8 +111,9 @@ class Guard:
 
     def check_key(self, scope: Scope) -> None:
         """Take the key out of the headers, so that it goes no further; NotAllowed without one."""
-        preflight = scope["method"] == "OPTIONS" and values(scope, b"access-control-request-method")
-        if not self.access.keys or preflight:
+        if not self.access.keys:
+            return
+        if scope["method"] == "OPTIONS" and values(scope, b"access-control-request-method"):
             return
         sent = [value for name in SECRETS for value in values(scope, name)]
         given = [re.sub(r"(?i)^bearer +", "", value) for value in sent]
@@ -141,21 +145,29 @@ def same(key: str, value: str) -> bool:
     return hmac.compare_digest(key.encode(), value.encode("latin-1"))
 
 
+@lru_cache(maxsize=100)
 def host_name(host: str) -> str:
     """Return the name of a Host header without its port, and all of it where Go sees no port."""
     split = SPLIT.fullmatch(host)
-    return (split[1] or split[2] or "") if split else host
+    return ((split[1] or split[2] or "") if split else host).lower()
 
 
 def is_near(name: str) -> bool:
     """Tell whether a name is an address of this machine or of a private network."""
+    address, private = address_of(name)
+    return private or bool(address and is_mine(address))
+
+
+@lru_cache(maxsize=100)
+def address_of(name: str) -> tuple[str, bool]:
+    """Return the address that a name is, else nothing, and whether it is no public one."""
     try:
         address = ipaddress.ip_address(name)
     except ValueError:
-        return False
+        return "", False
     address = getattr(address, "ipv4_mapped", None) or address
-    near = address.is_loopback or address.is_unspecified or any(address in net for net in PRIVATE)
-    return near or is_mine(str(address))
+    private = address.is_loopback or address.is_unspecified
+    return str(address), private or any(address in net for net in PRIVATE)
 
 
 def is_mine(address: str) -> bool:

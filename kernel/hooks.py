@@ -31,37 +31,45 @@ BLINK = 0.01  # seconds: how soon after a pause of its clock a hook may be found
 HELD_UP = 0.2  # seconds without an await, after which the log says so: nobody is served meanwhile
 
 
+# A plugin is foreign code: everything is caught. SystemExit would end the loop.
+CAUGHT = (Exception, SystemExit, KeyboardInterrupt)
+
+
 class HookRunner:
     """Runs the hooks of one plugin."""
 
     def __init__(self) -> None:
         self._places = asyncio.Semaphore(THREADS)
         self._left_behind: set[asyncio.Task[Any]] = set()  # asyncio itself holds tasks weakly
-        self._waits: dict[CodeType, bool] = {}
+        self._waits: dict[CodeType | None, bool] = {}
 
     async def run(self, hook: Callable[..., Any], *args: Any, clock: Clock) -> Any:
         """Return what `hook(*args)` returns, be it `def` or `async def`.
 
         Raises Reply and Abort as they come, and PluginExecutionError for everything else.
         """
-        work = self._contained(hook, args, clock)
         try:
-            result = await (self._in_task(work, clock) if self._may_wait(hook) else work)
+            if self.may_wait(hook):
+                result = await self._in_task(self._contained(hook, args, clock), clock)
+            else:
+                result = at_once(hook(*args))
         except asyncio.CancelledError as exc:
             if (task := asyncio.current_task()) and task.cancelling():
                 raise
             raise PluginExecutionError("raised CancelledError") from exc
+        except (Reply, Abort, PluginExecutionError):
+            raise
+        except CAUGHT as exc:
+            raise failure(exc) from exc
         if clock.left() <= 0:
             raise late(clock)
         return result
 
-    def _may_wait(self, hook: Any) -> bool:
+    def may_wait(self, hook: Any) -> bool:
+        """Tell whether a hook may suspend: it is a `def`, or has an `await`."""
         code = getattr(hook, "__code__", None)
-        if code is None or not inspect.iscoroutinefunction(hook):
-            return True
         if code not in self._waits:
-            names = {instruction.opname for instruction in dis.get_instructions(code)}
-            self._waits[code] = not names.isdisjoint(("GET_AWAITABLE", "GET_ANEXT", "SEND"))
+            self._waits[code] = not inspect.iscoroutinefunction(hook) or suspends(code)
         return self._waits[code]
 
     async def _in_task(self, work: Coroutine[Any, Any, Any], clock: Clock) -> Any:
@@ -91,10 +99,8 @@ class HookRunner:
             return await result if inspect.isawaitable(result) else result
         except (Reply, Abort, PluginExecutionError):
             raise
-        # A plugin is foreign code: here everything is caught. SystemExit would end the loop.
-        except (Exception, SystemExit, KeyboardInterrupt) as exc:
-            status = 502 if isinstance(exc, UpstreamError) else 500
-            raise PluginExecutionError(f"{type(exc).__name__}: {exc}", status) from exc
+        except CAUGHT as exc:
+            raise failure(exc) from exc
 
     async def _in_thread(self, work: Callable[[], Any], clock: Clock) -> Any:
         loop = asyncio.get_running_loop()
@@ -121,6 +127,30 @@ class HookRunner:
         if error:
             raise error
         return result
+
+
+def suspends(code: CodeType | None) -> bool:
+    if code is None:
+        return True
+    names = {instruction.opname for instruction in dis.get_instructions(code)}
+    return not names.isdisjoint(("GET_AWAITABLE", "GET_ANEXT", "SEND"))
+
+
+def at_once(coroutine: Coroutine[Any, Any, Any]) -> Any:
+    """Run a coroutine that awaits nothing, and say in the log when it held everybody up."""
+    began = time.perf_counter()
+    try:
+        coroutine.send(None)
+    except StopIteration as stop:
+        return stop.value
+    finally:
+        if (took := time.perf_counter() - began) > HELD_UP:
+            complain(coroutine.cr_code, took)  # type: ignore[attr-defined]
+
+
+def failure(exc: BaseException) -> PluginExecutionError:
+    status = 502 if isinstance(exc, UpstreamError) else 500
+    return PluginExecutionError(f"{type(exc).__name__}: {exc}", status)
 
 
 def late(clock: Clock) -> PluginExecutionError:

@@ -8,6 +8,7 @@ which everybody on the way may fill in, and in the end logs and counts them.
 
 from __future__ import annotations
 
+import asyncio
 import json
 import logging
 import re
@@ -15,10 +16,11 @@ import sys
 import time
 from asyncio import CancelledError
 from collections.abc import Collection
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass, field
 from itertools import count
 from os import urandom
-from typing import Any
+from typing import Any, TextIO
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -30,6 +32,8 @@ logger = logging.getLogger(__name__)
 REQUEST_ID = re.compile(rb"[A-Za-z0-9._-]{1,64}")
 PLAIN = re.compile(r"[\w.:/;+-]+", re.ASCII)
 LONGEST = 500  # signs of a path or a model's name in the log: both are the client's
+PAUSE = 0.05  # seconds in which lines are gathered: to write each alone costs as much as to make it
+ENCODER = json.JSONEncoder(default=str)
 TAIL = 1024  # bytes at the end of an answer in which its counters stand
 
 
@@ -113,11 +117,49 @@ class AccessLog:
 
 
 def log_request(scope: Scope, known: Facts, seconds: float) -> None:
-    path, known.model = scope["path"][:LONGEST], known.model[:LONGEST]
-    fields = {"request_id": known.request_id, "method": scope["method"], "path": path}
-    fields |= {"status": known.status, "ms": round(seconds * 1000, 1), "outcome": known.outcome}
-    fields |= {key: getattr(known, key) for key in ("model", "agents") if getattr(known, key)}
+    fields = {
+        "request_id": known.request_id,
+        "method": scope["method"],
+        "path": scope["path"][:LONGEST],
+        "status": known.status,
+        "ms": round(seconds * 1000, 1),
+        "outcome": known.outcome,
+    }
+    if known.model:
+        fields["model"] = known.model = known.model[:LONGEST]
+    if known.agents:
+        fields["agents"] = known.agents
     logger.info("request", extra={"fields": fields})
+
+
+class Handler(logging.StreamHandler[TextIO]):
+    """Writes a line at once, but what follows within `PAUSE` together; warnings never wait."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._records: list[logging.LogRecord] = []
+        self._written = 0.0
+        self._due = False
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self._records.append(record)
+        if record.levelno > logging.INFO or record.created - self._written > PAUSE:
+            return self.flush()
+        if not self._due:
+            try:
+                asyncio.get_running_loop().call_later(PAUSE, self.flush)
+                self._due = True
+            except RuntimeError:  # a thread, or nothing runs any more
+                self.flush()
+
+    def flush(self) -> None:
+        with self.lock or nullcontext():
+            records, self._records = self._records, []
+            self._due, self._written = False, time.time()
+            lines = [self.format(record) + self.terminator for record in records]
+            with suppress(OSError, ValueError):  # nobody reads it any more
+                self.stream.write("".join(lines))
+                self.stream.flush()
 
 
 class TextFormatter(logging.Formatter):
@@ -139,7 +181,7 @@ class JsonFormatter(logging.Formatter):
         line |= {"event": record.getMessage(), **fields_of(record)}
         if record.exc_info:
             line["exception"] = self.formatException(record.exc_info)
-        return json.dumps(line, default=str)
+        return ENCODER.encode(line)
 
 
 def fields_of(record: logging.LogRecord) -> dict[str, Any]:
@@ -161,9 +203,12 @@ def not_ours(record: logging.LogRecord) -> bool:
 def configure(level: str, style: str) -> None:
     """Send everything to stderr; the caller is `main()`, because this is process-wide."""
     person = style == "text" or (style == "auto" and sys.stderr.isatty())
-    handler = logging.StreamHandler()
+    handler = Handler()
     handler.setFormatter(TextFormatter() if person else JsonFormatter())
     handler.addFilter(not_ours)
     logging.basicConfig(level=level.upper(), handlers=[handler], force=True)
+    # What no line of ours says is not looked up (the logging HOWTO, "Optimization")
+    logging._srcfile = None
+    logging.logThreads = logging.logProcesses = logging.logMultiprocessing = False
     for name in ("uvicorn", "asyncio"):
         logging.getLogger(name).setLevel(max(logging.WARNING, logging.getLevelName(level.upper())))

@@ -42,4 +42,5 @@ class Presets:
         self._found = {canonical(name): preset for name, preset in presets.items()}
 
     def find(self, model: Any) -> Preset | None:
-        return self._found.get(canonical(model)) if isinstance(model, str) else None
+        known = self._found and isinstance(model, str)
+        return self._found.get(canonical(model)) if known else None

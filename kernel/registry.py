@@ -168,6 +168,10 @@ class PluginRegistry:
         for guard in self.guards(model):
             raise refusal(guard)
 
+    def always_on(self) -> bool:
+        """Tell whether some agent takes part without being asked, loaded or not."""
+        return any(p.config.always and p.config.enabled for p in self.plugins.values())
+
     def _bound(self, model: str | None) -> list[Plugin]:
         """Return what is always on for a model, or for any."""
         on = [p for p in self.plugins.values() if p.config.always and p.config.enabled]

@@ -49,19 +49,24 @@ async def forward(
         body = await upload.at_once()
     with Watch(receive, after=upload):
         async with aclosing(await client.forward(scope["method"], target, headers, body)) as answer:
-            await relay(answer, send)
-    await send_end(send)
+            last = await relay(answer, send)
+    await send_end(send, last)
 
 
-async def relay(answer: Answer, send: Send, extra: Sequence[tuple[bytes, bytes]] = ()) -> None:
-    """Send an answer on as its bytes come, all but its end. Raises BrokenAnswer."""
+async def relay(answer: Answer, send: Send, extra: Sequence[tuple[bytes, bytes]] = ()) -> bytes:
+    """Send an answer on as its bytes come, and return the last ones, which leave with its end.
+
+    Raises BrokenAnswer.
+    """
     await start(send, answer.status, [*response_headers(answer), *extra])
     try:
-        async for chunk in answer:
-            if chunk:
-                await send_chunk(send, chunk)
+        while chunk := await answer.read():
+            if answer.complete:
+                return chunk
+            await send_chunk(send, chunk)
     except UpstreamError as exc:
         raise BrokenAnswer(str(exc)) from exc
+    return b""
 
 
 class Upload:
@@ -161,15 +166,15 @@ def request_headers(scope: Scope, client: OllamaClient) -> Headers:
 
     `Expect` was answered here. A page of our own origin is one of Ollama's own origin to Ollama.
     """
-    headers: Headers = scope["headers"]
-    dropped = ends_here(headers) | {b"host", b"expect"}
-    host = next((value for name, value in headers if name == b"host"), b"")
+    dropped = ends_here(scope["headers"]) | {b"host", b"expect"}
+    kept = [pair for pair in scope["headers"] if pair[0] not in dropped]
+    if not any(name == b"origin" for name, _ in kept):
+        return kept
+    host = next((value for name, value in scope["headers"] if name == b"host"), b"")
     ours = {b"http://" + host, b"https://" + host}
     theirs = f"{client.upstream.scheme}://{client.upstream.authority}".encode()
     return [
-        (name, theirs if name == b"origin" and value in ours else value)
-        for name, value in headers
-        if name not in dropped
+        (name, theirs if name == b"origin" and value in ours else value) for name, value in kept
     ]
 
 
@@ -178,12 +183,12 @@ def response_headers(answer: Answer) -> Headers:
     dropped = ends_here(answer.headers)
     if answer.status in (204, 304) or answer.header(b"transfer-encoding"):
         dropped |= {b"content-length"}  # it is not the body's: uvicorn would take it for that
-    return [pair for pair in answer.headers if pair[0].lower() not in dropped]
+    return [pair for pair in answer.headers if pair[0] not in dropped]
 
 
 def ends_here(headers: Headers) -> frozenset[bytes]:
     """Return the names of hop-by-hop headers: the known ones and those that `Connection` lists."""
-    listed = [value for name, value in headers if name.lower() == b"connection"]
+    listed = [value for name, value in headers if name == b"connection"]
     return HOP_BY_HOP.union(*(value.lower().replace(b" ", b"").split(b",") for value in listed))
 
 

@@ -8,13 +8,17 @@ so `Protocol` goes on with a new parser, which is told the framing and then read
 from __future__ import annotations
 
 import asyncio
+import gc
 import os
 import signal
 import socket
+from collections.abc import Sequence
 from types import FrameType
 from typing import Any
 
 import uvicorn
+from starlette.routing import Route, Router
+from starlette.types import Receive, Scope, Send
 
 from kernel.config import Upstream
 from kernel.errors import ConfigError
@@ -46,6 +50,8 @@ class Server(uvicorn.Server):
             loop = asyncio.get_running_loop()
             loop.add_signal_handler(signal.SIGHUP, self._hang_up, started_by_hand)
         await super().startup(sockets)
+        gc.collect()
+        gc.freeze()  # what is here now stays: no collection need look at it again
 
     def _hang_up(self, started_by_hand: bool) -> None:
         if started_by_hand and not os.isatty(0):
@@ -58,6 +64,19 @@ class Server(uvicorn.Server):
             signal.signal(sig, signal.SIG_DFL)
             signal.raise_signal(sig)
         self.should_exit = True
+
+
+class Paths(Router):
+    """Starlette's router with a look-up before it: most of our routes are a path and an app."""
+
+    def __init__(self, routes: Sequence[Route], **options: Any) -> None:
+        super().__init__(routes, **options)
+        plain = [route for route in routes if not route.methods and not route.param_convertors]
+        self._apps = {route.path: route.app for route in plain}
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        app = self._apps.get(scope["path"]) if scope["type"] == "http" else None
+        await (app or super().__call__)(scope, receive, send)
 
 
 def listen(host: str, port: int) -> socket.socket:
@@ -101,6 +120,12 @@ else:
     class Protocol(HttpToolsProtocol):
         """uvicorn's connection on httptools, which takes no upgrade."""
 
+        transport: Any
+
+        def connection_made(self, transport: Any) -> None:
+            super().connection_made(transport)
+            self.transport = Held(transport, self.loop)
+
         def data_received(self, data: bytes) -> None:
             self._unset_keepalive_if_required()
             try:
@@ -118,6 +143,7 @@ else:
 
         def on_headers_complete(self) -> None:
             """Keep the bytes of the target, as h11 does; uvicorn drops what it does not use."""
+            self.transport.hold()
             super().on_headers_complete()
             path, _, query = self.url.partition(b"?")
             self.scope["raw_path"], self.scope["query_string"] = path, query
@@ -129,6 +155,41 @@ else:
         def _framing(self) -> bytes:
             names = (b"content-length", b"transfer-encoding")
             return b"".join(b"%s: %s\r\n" % pair for pair in self.headers if pair[0] in names)
+
+    class Held:
+        """A transport that keeps the head of an answer until the body comes, in the same round of
+        the loop or not: uvicorn writes both alone, and each time the client would be woken."""
+
+        def __init__(self, transport: asyncio.Transport, loop: asyncio.AbstractEventLoop) -> None:
+            self._transport = transport
+            self._loop = loop
+            self._next = False  # the next bytes are a head
+            self._head = b""
+            self.is_closing = transport.is_closing
+
+        def hold(self) -> None:
+            self._next = True
+
+        def write(self, data: bytes) -> None:
+            if self._next:
+                self._next, self._head = False, self._head + data
+                self._loop.call_soon(self._flush)
+            elif self._head:
+                head, self._head = self._head, b""
+                self._transport.write(head + data)
+            else:
+                self._transport.write(data)
+
+        def _flush(self) -> None:
+            if self._head and not self.is_closing():
+                self.write(b"")
+
+        def close(self) -> None:
+            self._flush()
+            self._transport.close()
+
+        def __getattr__(self, name: str) -> Any:
+            return getattr(self._transport, name)
 
     class Rest:
         """What the second parser calls: its first head is made up, all else is the connection's."""

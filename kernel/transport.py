@@ -83,7 +83,7 @@ class Transport:
     def _kept(self) -> Connection | None:
         while self.idle:
             connection = self.idle.pop()
-            if connection.is_quiet() and not connection.transport.is_closing():
+            if not connection.transport.is_closing() and connection.is_quiet():
                 return connection
             connection.transport.abort()
         return None
@@ -127,6 +127,7 @@ class Connection(asyncio.Protocol):
     """One connection: idle, or busy with one answer."""
 
     transport: asyncio.Transport  # uvloop's is none, but behaves like one
+    _poll: Any = None
 
     def __init__(self, owner: Transport) -> None:
         self.owner = owner
@@ -136,17 +137,17 @@ class Connection(asyncio.Protocol):
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self.transport = cast(asyncio.Transport, transport)
+        self.loop = asyncio.get_running_loop()
+        if hasattr(select, "poll"):
+            self._poll = select.poll()
+            self._poll.register(transport.get_extra_info("socket").fileno(), select.POLLIN)
 
     def is_quiet(self) -> bool:
         """Ask the system whether there is nothing to read: no answer, no end, no reset.
 
         The loop may not have looked yet. Where there is no poll (Windows) say yes.
         """
-        if not hasattr(select, "poll"):
-            return True
-        poll = select.poll()
-        poll.register(self.transport.get_extra_info("socket").fileno(), select.POLLIN)
-        return not poll.poll(0)
+        return self._poll is None or not self._poll.poll(0)
 
     def data_received(self, data: bytes) -> None:
         if self.answer:
@@ -179,11 +180,13 @@ class Answer:
     """
 
     status = 0
-    headers: Headers  # as they came, in order, duplicates and all
+    complete = False  # all of it has come; what was not read yet is one read
+    headers: Headers  # as they came, in order, duplicates and all; names in lower case
 
     def __init__(self, connection: Connection, method: bytes) -> None:
         self._connection: Connection | None = connection
-        self._url = connection.owner.upstream.url
+        self._upstream = connection.owner.upstream
+        self._loop = connection.loop
         self._parser: Parser | None = make_parser(self, method)
         self._bodiless = method == b"HEAD"
         self._pump: asyncio.Task[None] | None = None
@@ -191,32 +194,35 @@ class Answer:
         self._error: Exception | None = None
         self._chunks: list[bytes] = []
         self._size = 0
-        self._came = self._complete = self._keep = self._paused = False
+        self._came = self._keep = self._paused = False
         self._until_close = False  # the answer has no framing: the connection's end is its end
         self._sent = True
         connection.answer = self
 
     def header(self, name: bytes) -> bytes:
         """Return the first value of a header, by its name in lower case, or nothing."""
-        return next((value for key, value in self.headers if key.lower() == name), b"")
+        return next((value for key, value in self.headers if key == name), b"")
 
     async def begun(self) -> None:
         while not self.status:
             await self._progress()
 
+    async def read(self) -> bytes:
+        """Return what has come of the body since the last read, nothing at its end."""
+        while not self._size:
+            if self.complete:
+                return b""
+            await self._progress()
+        data, self._size = b"".join(self._chunks), 0
+        self._chunks.clear()
+        if self._paused and self._connection:
+            self._paused = False
+            self._connection.transport.resume_reading()
+        return data
+
     async def __aiter__(self) -> AsyncIterator[bytes]:
-        while True:
-            if self._chunks:
-                data, self._size = b"".join(self._chunks), 0
-                self._chunks.clear()
-                if self._paused and self._connection:
-                    self._paused = False
-                    self._connection.transport.resume_reading()
-                yield data
-            elif self._complete:
-                return
-            else:
-                await self._progress()
+        while data := await self.read():
+            yield data
 
     async def aclose(self) -> None:
         """End the exchange, as often as you like; what was not read to its end is cut off."""
@@ -264,10 +270,10 @@ class Answer:
         try:
             self._parser.feed(data)
         except UpstreamError as exc:
-            if not self._complete:
-                return self._fail(UpstreamError(f"Ollama at {self._url} {exc}"))
+            if not self.complete:
+                return self._fail(UpstreamError(f"Ollama at {self._upstream.url} {exc}"))
             self._keep = False  # garbage behind a whole answer
-        if self._complete:
+        if self.complete:
             self._detach(reusable=self._keep and self._sent)
         elif self._size > HIGH and not self._paused and self._connection:
             self._paused = True
@@ -277,17 +283,19 @@ class Answer:
     def end(self, exc: Exception | None) -> None:
         """Take the end of the connection; a clean one ends an answer that has no other end."""
         if not exc and self._until_close:
-            self._complete = True
+            self.complete = True
             self._detach(reusable=False)
             return self._wake()
-        error = BrokeOff(f"Ollama at {self._url} broke off: {exc or 'it closed the connection'}")
+        error = BrokeOff(
+            f"Ollama at {self._upstream.url} broke off: {exc or 'it closed the connection'}"
+        )
         error.begun = self._came
         self._fail(error)
 
     def on_head(self, status: int, headers: Headers) -> None:
         """Take the head of the answer itself, not of a 1xx before it. Raises UpstreamError."""
-        framing = [(k.lower(), v.lower()) for k, v in headers if k.lower() in FRAMING]
-        codings = [value for name, value in framing if name == b"transfer-encoding"]
+        framing = [pair for pair in headers if pair[0] in FRAMING]
+        codings = [value.lower() for name, value in framing if name == b"transfer-encoding"]
         if status == 101 or not 100 <= status <= 599:
             raise UpstreamError(f"answered the status {status}")
         if codings not in ([], [b"chunked"]):
@@ -298,15 +306,15 @@ class Answer:
             self.on_complete(keep=True)
 
     def on_body(self, data: bytes) -> None:
-        if self._complete:
+        if self.complete:
             self._keep = False  # a HEAD with a body
         else:
             self._chunks.append(data)
             self._size += len(data)
 
     def on_complete(self, keep: bool) -> None:
-        self._keep = keep and (self._keep or not self._complete)
-        self._complete = True
+        self._keep = keep and (self._keep or not self.complete)
+        self.complete = True
 
     def on_surplus(self) -> None:
         self._keep = False
@@ -317,7 +325,7 @@ class Answer:
         """Wait for something to happen. Raises what went wrong."""
         if self._error:
             raise self._error
-        self._waiter = asyncio.get_running_loop().create_future()
+        self._waiter = self._loop.create_future()
         try:
             await self._waiter
         finally:
@@ -394,7 +402,7 @@ class HttptoolsParser:
         self._headers = []
 
     def on_header(self, name: bytes, value: bytes) -> None:
-        self._headers.append((name, value))
+        self._headers.append((name.lower(), value))
 
     def on_headers_complete(self) -> None:
         status = self._parser.get_status_code()
@@ -436,7 +444,7 @@ class H11Parser:
 
     def _take(self, event: Any) -> None:
         if isinstance(event, h11.Response):
-            self._answer.on_head(event.status_code, list(event.headers.raw_items()))
+            self._answer.on_head(event.status_code, list(event.headers))
         elif isinstance(event, h11.Data):
             self._answer.on_body(bytes(event.data))
         elif isinstance(event, h11.EndOfMessage):

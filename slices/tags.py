@@ -51,13 +51,13 @@ class Tags:
             return await Forward(self.client, self.presets)(scope, receive, send)
         try:
             with relay.Watch(receive, after=relay.Upload(scope, receive)):
-                await self.extended(scope, send)
-            await relay.send_end(send)
+                last = await self.extended(scope, send)
+            await relay.send_end(send, last)
         except UpstreamError as exc:
             await relay.refuse(scope, send, exc)
 
-    async def extended(self, scope: Scope, send: Send) -> None:
-        """Send all of the list but its end."""
+    async def extended(self, scope: Scope, send: Send) -> bytes:
+        """Send the list, and return its last bytes."""
         headers = relay.request_headers(scope, self.client)
         headers = [pair for pair in headers if pair[0] not in DROPPED]
         async with aclosing(
@@ -66,10 +66,10 @@ class Tags:
             if answer.status != 200 or answer.header(b"content-encoding"):
                 return await relay.relay(answer, send)
             body = b"".join([chunk async for chunk in answer])
-        kept = [p for p in relay.response_headers(answer) if p[0].lower() != b"content-length"]
+        kept = [p for p in relay.response_headers(answer) if p[0] != b"content-length"]
         body = self.with_presets(body)
         await relay.start(send, 200, [*kept, (b"content-length", b"%d" % len(body))])
-        await relay.send_chunk(send, body)
+        return body
 
     def with_presets(self, body: bytes) -> bytes:
         try:

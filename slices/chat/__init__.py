@@ -77,8 +77,8 @@ class Chat:
                 return await relay.forward(self.client, scope, upload, receive, send)
             plugins = [run.plugin for run in turn.runs]
             with self.reader.registry.lease(plugins), relay.Watch(receive, after=upload):
-                await self.answer(turn, scope, send)
-            await relay.send_end(send)
+                last = await self.answer(turn, scope, send)
+            await relay.send_end(send, last)
         except (BadRequest, NotAllowed, Aborted, UpstreamError) as exc:
             await relay.refuse(scope, send, exc, marks(turn, failed=exc.status >= 500))
         finally:
@@ -93,8 +93,8 @@ class Chat:
             body = await upload.read(self.max_body)
         return self.reader.read(body, scope)
 
-    async def answer(self, turn: Turn, scope: Scope, send: Send) -> None:
-        """Run the request hooks, get an answer, and send all of it but its end."""
+    async def answer(self, turn: Turn, scope: Scope, send: Send) -> bytes:
+        """Run the request hooks, get an answer, send it, and return its last bytes."""
         if turn.reply is None and turn.runs:
             await self.prepare(turn)
         if turn.reply is not None:
@@ -105,7 +105,7 @@ class Chat:
         headers.append((b"accept-encoding", b"identity"))
         answer = await self.client.forward("POST", relay.target_of(scope), headers, body)
         async with aclosing(answer):
-            await self.send_answer(turn, answer, scope, send)
+            return await self.send_answer(turn, answer, scope, send)
 
     def check_model(self, turn: Turn) -> None:
         """Raise NotAllowed where an agent chose a model whose guard has not seen the request."""
@@ -125,7 +125,7 @@ class Chat:
         elif turn.reply is None and turn.commands and is_bare(turn.payload):
             turn.reply = self.reader.help(turn.commands[0].name)
 
-    async def send_answer(self, turn: Turn, answer: Answer, scope: Scope, send: Send) -> None:
+    async def send_answer(self, turn: Turn, answer: Answer, scope: Scope, send: Send) -> bytes:
         """Relay Ollama's answer, edited where agents have a say in it."""
         kind = answer.header(b"content-type")
         streams = kind.startswith(self.dialect.stream_type)
@@ -142,17 +142,17 @@ class Chat:
                 raise refusal(run.plugin)
         if editor is None or not editable:
             return await relay.relay(answer, send, marks(turn))
-        headers = [p for p in relay.response_headers(answer) if p[0].lower() != b"content-length"]
+        headers = [p for p in relay.response_headers(answer) if p[0] != b"content-length"]
         if not streams:
             body = b"".join([chunk async for chunk in answer])
             return await send_whole(turn, headers, await editor.edit_whole(body), send)
         await relay.start(send, answer.status, [*headers, *marks(turn)])
         try:
-            await self.send_frames(frames_of(answer, self.dialect), editor, scope, send)
+            return await self.send_frames(frames_of(answer, self.dialect), editor, scope, send)
         except UpstreamError as exc:
             raise BrokenAnswer(str(exc)) from exc
 
-    async def send_reply(self, turn: Turn, text: str, scope: Scope, send: Send) -> None:
+    async def send_reply(self, turn: Turn, text: str, scope: Scope, send: Send) -> bytes:
         """Send an answer that no model gave, in the client's dialect."""
         if not turn.takes_replies(self.dialect):
             raise BadRequest(text)
@@ -163,22 +163,31 @@ class Chat:
         if not streams:
             return await send_whole(turn, headers, await editor.edit_whole(frames[0]), send)
         await relay.start(send, 200, [*headers, *marks(turn)])
-        await self.send_frames(iterate(frames), editor, scope, send)
+        return await self.send_frames(iterate(frames), editor, scope, send)
 
     async def send_frames(
-        self, frames: AsyncIterator[bytes], editor: Editor, scope: Scope, send: Send
-    ) -> None:
-        """Send a stream's frames, edited, each in a message of its own."""
+        self, batches: AsyncIterator[list[bytes]], editor: Editor, scope: Scope, send: Send
+    ) -> bytes:
+        """Send a stream's frames, edited, and return what stands at its end.
+
+        Frames that came together go together, unless an agent may keep the later ones waiting.
+        """
+        done: list[bytes] = []
         try:
-            async for frame in frames:
-                for edited in await editor.edit(frame):
-                    await relay.send_chunk(send, edited)
-            for edited in await editor.end():
-                await relay.send_chunk(send, edited)
+            async for frames in batches:
+                for frame in frames:
+                    done += await editor.edit(frame)
+                    if editor.waits and done:
+                        await relay.send_chunk(send, b"".join(done))
+                        done.clear()
+                if done:
+                    await relay.send_chunk(send, b"".join(done))
+                    done.clear()
+            done += await editor.end()
         except Aborted as exc:
             # The status is long gone: an error frame, and then the end.
-            error = error_object(scope["path"], exc.status, str(exc))
-            await relay.send_chunk(send, self.dialect.encode(error))
+            done.append(self.dialect.encode(error_object(scope["path"], exc.status, str(exc))))
+        return b"".join(done)
 
     def editor(self, turn: Turn, *, whole: bool) -> Editor | None:
         """Return what edits the answer, or None where it must or may stay as it is."""
@@ -199,21 +208,19 @@ def marks(turn: Turn | None, *, failed: bool = False) -> Headers:
     return [*said, (b"x-should-retry", b"false")] if failed else said
 
 
-async def send_whole(turn: Turn, headers: Headers, body: bytes, send: Send) -> None:
+async def send_whole(turn: Turn, headers: Headers, body: bytes, send: Send) -> bytes:
     await relay.start(send, 200, [*headers, (b"content-length", b"%d" % len(body)), *marks(turn)])
-    await relay.send_chunk(send, body)
+    return body
 
 
-async def frames_of(answer: Answer, dialect: Dialect) -> AsyncIterator[bytes]:
-    """Yield the frames of a stream as they complete, and what stands behind the last one."""
+async def frames_of(answer: Answer, dialect: Dialect) -> AsyncIterator[list[bytes]]:
+    """Yield the frames of a stream that complete together, and what stands behind the last one."""
     splitter = FrameSplitter(dialect.end)
     async for data in answer:
-        for frame in splitter.feed(data):
-            yield frame
+        yield splitter.feed(data)
     if rest := splitter.rest():
-        yield rest
+        yield [rest]
 
 
-async def iterate(frames: list[bytes]) -> AsyncIterator[bytes]:
-    for frame in frames:
-        yield frame
+async def iterate(frames: list[bytes]) -> AsyncIterator[list[bytes]]:
+    yield frames

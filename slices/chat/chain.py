@@ -62,6 +62,9 @@ class Run:
     def has(self, *hooks: str) -> bool:
         return any(hook in self.plugin.hooks for hook in hooks)
 
+    def waits(self, hook: str) -> bool:
+        return self.plugin.runner.may_wait(getattr(self.agent, hook))
+
     async def call(
         self, hook: str, *args: Any, accept: Callable[[Any], Any], may_reply: bool = True
     ) -> Any:

@@ -60,7 +60,7 @@ class Grammar:
 
         `explain` is one of them where others follow it, and leads them.
         """
-        if not self.prefix:
+        if not self._may_lead(text):
             return [], text
         explain = self._explain.match(text)
         commands: list[Command] = []
@@ -76,6 +76,9 @@ class Grammar:
         if literal and self._known(literal["name"].lower()):
             return commands, text[literal.end() :]
         return commands, text[at:].lstrip() if commands else text
+
+    def _may_lead(self, text: str) -> bool:
+        return bool(self.prefix) and text.lstrip().startswith(self.prefix)
 
     def _together(self, text: str, at: int) -> tuple[list[Command], int] | None:
         """Return the commands that `&` joins at a place, and where they end."""
@@ -93,7 +96,7 @@ class Grammar:
 
     def help_wanted(self, text: str) -> str | None:
         """Return the name that `/help NAME` asks about, "" for `/help` alone, None for text."""
-        found = self._help.match(text) if self.prefix else None
+        found = self._help.match(text) if self._may_lead(text) else None
         if not found:
             return None
         name = (found["name"] or "").lower()

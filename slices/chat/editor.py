@@ -28,6 +28,11 @@ class Stage:
         self._holds = run.has("on_response") and (whole or not flows)
         self._held: list[str] = []
 
+    @property
+    def waits(self) -> bool:
+        """Tell whether a piece of text may have to wait here."""
+        return not self._holds and self._run.waits("on_chunk")
+
     async def feed(self, text: str) -> str:
         if not text or not self._run.due:
             return text
@@ -71,6 +76,7 @@ class Editor:
         self._last: Chunk | None = None  # the last one with text
         self._open = False  # text came since the last end
         self._broken = False  # an error came: what follows is none of our business
+        self.waits = any(stage.waits for stage in stages)  # a frame may have to wait for an agent
 
     async def edit(self, frame: bytes) -> list[bytes]:
         """Return the frames that take the place of `frame` in a stream."""

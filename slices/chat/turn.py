@@ -9,6 +9,7 @@ turn's reply.
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -28,6 +29,7 @@ from slices.chat.chain import Run, is_message
 from slices.chat.commands import EXPLAIN, Command, Grammar, help_text, parse_arguments, unavailable
 
 AGENTS = b"x-osp-agents"
+MODEL = re.compile(rb'"model"\s*:\s*"([^"\\+]+)"')
 KNOWN_KEYS = frozenset(
     "model messages stream format keep_alive tools options think logprobs top_logprobs"
     " response_format stream_options role content images tool_calls tool_name tool_call_id".split()
@@ -70,6 +72,9 @@ class TurnReader:
         Raises BadRequest for an unknown agent or a wrong argument in header, suffix or preset, and
         NotAllowed where a guard would not see all of it.
         """
+        if body and (model := self.passing(body, scope)):
+            facts(scope).model = model
+            return None
         payload = parse(body, self.dialect) if body else None
         if payload is None:
             self.registry.check_guards(None)
@@ -105,9 +110,26 @@ class TurnReader:
             self.enlist(turn, always, strict, scope)
         return turn
 
+    def passing(self, body: bytes, scope: Scope) -> str:
+        """Return the model of a chat in which, at a glance, nothing can ask for an agent, else "".
+
+        The sign of commands does not stand in it, nor an escape that might hide one, nor a +. To
+        parse it would cost a good part of what forwarding it costs.
+        """
+        sign = self.typed.prefix.encode()
+        if (sign and sign in body) or b"\\u" in body or body.count(b'"model"') != 1:
+            return ""
+        asked = any(name == AGENTS for name, _ in scope["headers"])
+        if asked or self.presets.named or self.registry.always_on():
+            return ""
+        model = MODEL.search(body)
+        return model[1].decode(errors="replace") if model else ""
+
     def listed(self, where: str, text: str | None) -> list[Command]:
         """Return the commands of a header or a suffix, which holds nothing else."""
-        commands, rest = self.spelled.split(text or "")
+        if not text:
+            return []
+        commands, rest = self.spelled.split(text)
         if rest:
             known = ", ".join(f"/{name}" for name in self.registry.plugins) or "none"
             raise BadRequest(f"{where}: {rest!r} is no known agent; known are: {known}")
@@ -212,7 +234,8 @@ def parse(body: bytes, dialect: Dialect) -> Payload | None:
 
 def misspelt(table: Mapping[str, Any]) -> bool:
     """Tell whether a known key stands there in another case, which Go would take for it."""
-    return any(key not in KNOWN_KEYS and key.casefold() in KNOWN_KEYS for key in table)
+    strange = table.keys() - KNOWN_KEYS
+    return bool(strange) and any(key.casefold() in KNOWN_KEYS for key in strange)
 
 
 def edits(plugin: Plugin, payload: Payload, dialect: Dialect) -> bool:

@@ -153,7 +153,7 @@ async def test_frames_are_split_on_bytes_wherever_the_network_cut_them(
     assert [said(result) for result in results] == ["aé\u2028xx\U0001f600."]
 
 
-async def test_every_frame_is_a_message_of_its_own_and_none_is_empty(
+async def test_frames_that_came_together_leave_together_and_none_is_empty(
     ollama: FakeOllama, ollama_url: str, agents: Path
 ) -> None:
     ollama.answers(line("a") + line("b") + done())
@@ -161,8 +161,27 @@ async def test_every_frame_is_a_message_of_its_own_and_none_is_empty(
     async with running(ollama_url, agents) as client:
         raw = await raw_answer(client, turn("/flows q"))
 
-    assert [chunk for chunk in raw if not chunk.endswith(b"\n")] == []
-    assert [len(chunk.splitlines()) for chunk in raw] == [1, 1, 1, 1]
+    assert [chunk.endswith(b"\n") for chunk in raw] == [True]
+    assert len(raw[0].splitlines()) == 4
+
+
+async def test_a_frame_does_not_wait_for_the_agent_that_works_on_the_next_one(
+    ollama: FakeOllama, ollama_url: str, plugins: Path
+) -> None:
+    code = """
+    class Ponders(BaseAgent):
+        async def on_chunk(self, text):
+            await asyncio.sleep(30 if text == "b" else 0)
+            return text.upper()
+    """
+    write_agent(plugins, "ponders", code)
+    ollama.answers(line("a") + line("b"))
+
+    async with running(ollama_url, plugins) as client:
+        async with client.stream("POST", "/api/chat", json=turn("/ponders q")) as answer:
+            first = await anext(answer.aiter_raw())
+
+    assert said(first) == "A"
 
 
 async def raw_answer(client: httpx.AsyncClient, body: Any) -> list[bytes]:
