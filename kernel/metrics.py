@@ -23,10 +23,8 @@ HELP = {  # name: (type, what it says, labels)
 
 # Ollama's own counters, as both dialects write them at the end of an answer: the last ones count.
 # A quote inside of the text of an answer is escaped, so that no text can look like them.
-TOKENS = {
-    "prompt": re.compile(rb'(?s:.*)"(?:prompt_eval_count|prompt_tokens)":(\d{1,15})'),
-    "answer": re.compile(rb'(?s:.*)"(?:eval_count|completion_tokens)":(\d{1,15})'),
-}
+PROMPT = re.compile(rb'(?s:.*)"(?:prompt_eval_count|prompt_tokens)":(\d{1,15})')
+ANSWER = re.compile(rb'(?s:.*)"(?:eval_count|completion_tokens)":(\d{1,15})')
 MODEL = re.compile(rb'"model":"([^"\\]{1,200})"')
 MODELS = 50  # a name is free text: without a limit every typo were a time series
 
@@ -48,16 +46,17 @@ class Metrics:
 
     def tokens(self, head: bytes, tail: bytes) -> None:
         """Count what Ollama says of an answer that begins with `head` and ends with `tail`."""
-        counts = {kind: pattern.match(tail) for kind, pattern in TOKENS.items()}
+        prompt, answer = PROMPT.match(tail), ANSWER.match(tail)
         model = MODEL.search(head) or MODEL.search(tail)  # behind the vectors of an embedding
-        if not model or not any(counts.values()):
+        if not model or not (prompt or answer):
             return
         name = model[1].decode(errors="replace")
         if len(self._models) < MODELS:
             self._models.add(name)
         label = name if name in self._models else "other"
-        for kind, found in counts.items():
-            self._numbers["osp_tokens_total"][label, kind] += int(found[1]) if found else 0
+        tokens = self._numbers["osp_tokens_total"]
+        tokens[label, "prompt"] += int(prompt[1]) if prompt else 0
+        tokens[label, "answer"] += int(answer[1]) if answer else 0
 
     def activated(self, agent: str) -> None:
         self._numbers["osp_agents_activated_total"][(agent,)] += 1

@@ -7,6 +7,7 @@ agent for each mistake of the tables below.
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import AsyncIterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -312,7 +313,7 @@ async def test_a_config_that_is_no_json_says_where(
         about = (await client.get("/plugins")).json()["plugins"][0]
 
     (fields,) = find(caplog.records, "agent failed to load", "bad")
-    assert "line 3 column 1" in fields["error"]
+    assert re.search(r"line [23] column \d+", fields["error"])  # Pythons do not agree
     assert about["error"] == {"type": "JSONDecodeError", "where": str(folder / "config.json")}
 
 

@@ -13,12 +13,16 @@ from hypothesis import strategies as st
 
 from kernel.agent import BaseAgent, Context
 from kernel.client import OllamaClient
-from kernel.config import parse_upstream
+from kernel.config import PluginsConfig, parse_upstream
 from kernel.dialects import OLLAMA, OPENAI, Dialect, FrameSplitter, dumps
 from kernel.metrics import Metrics
+from kernel.models import Presets
 from kernel.plugin import Plugin
+from kernel.registry import PluginRegistry
 from slices.chat.chain import Run
+from slices.chat.commands import Grammar
 from slices.chat.editor import Editor, Stage
+from slices.chat.turn import TurnReader, split_model
 from tests.support import DONE, done, event, line, said
 
 TEXTS = st.text(st.characters(codec="utf-8"), max_size=12)
@@ -89,6 +93,32 @@ def test_an_edit_keeps_every_key_and_its_order(chunk: dict[str, Any], dialect: D
 @given(JSON)
 def test_what_is_encoded_can_be_read_again(value: Any) -> None:
     assert json.loads(dumps(value)) == json.loads(json.dumps(value))
+
+
+@given(
+    st.lists(st.sampled_from(["/x", "\\", "\u2003", "+x", " ", "hello", '"model"', "é"])),
+    st.sampled_from(["m", "m+x"]),
+    st.booleans(),
+    st.booleans(),
+)
+def test_a_chat_that_passes_at_a_glance_asks_for_nothing(
+    words: list[str], model: str, ascii_only: bool, hidden: bool
+) -> None:
+    messages = [{"role": "user", "content": "".join(words)}]
+    body = json.dumps({"model": model, "messages": messages}, ensure_ascii=ascii_only).encode()
+    if hidden:
+        body = body.replace(b"/", rb"\u002f").replace(b"+", rb"\u002b")
+    registry = PluginRegistry(PluginsConfig(dirs=()), {}, Path(), {})
+    grammar = Grammar("/", lambda name: name == "x")
+    client, presets = OllamaClient(parse_upstream("127.0.0.1:1"), 1), Presets({}, 0)
+    reader = TurnReader(client, registry, Metrics(), OLLAMA, grammar, grammar, presets, 1)
+
+    if passes := reader.passing(body, {"headers": []}):
+        assert passes == model == split_model(model)[0]
+        assert grammar.split(messages[0]["content"]) == ([], messages[0]["content"])
+    assert reader.passing(b'{"model":"m","messages":[{"content":"why?"}]}', {"headers": []}) == "m"
+    assert not reader.passing(body, {"headers": [(b"x-osp-agents", b"/x")]})
+    assert not reader.passing(b'{"model":"m+x","options":{"model":"m"}}', {"headers": []})
 
 
 @settings(max_examples=50, deadline=None)
