@@ -65,6 +65,19 @@ class Dialect:
     stream_type = b"application/x-ndjson"  # the content type of a stream
     streams_unasked = True  # what a request without `stream` gets
     end = re.compile(rb"\n")  # of a frame
+    # A piece of text as Ollama writes it, and nothing else: what stands before, in and behind it
+    piece = re.compile(
+        rb'(\{"model":"[ !#-\[\]-~]+","created_at":"[ !#-\[\]-~]*",'
+        rb'"message":\{"role":"assistant","content":")([^"\\\x00-\x1f]+)("\},"done":false\}\n)'
+    )
+
+    def split(self, frame: bytes) -> tuple[bytes, str, bytes] | None:
+        """Return text, and the frame before and behind it, of a frame that need not be parsed."""
+        found = self.piece.fullmatch(frame)
+        try:
+            return (found[1], found[2].decode(), found[3]) if found else None
+        except UnicodeDecodeError:
+            return None
 
     def span(self, frame: bytes) -> tuple[int, int]:
         """Return where in a frame its JSON stands."""
@@ -139,6 +152,12 @@ class OpenAI(Dialect):
     stream_type = b"text/event-stream"
     streams_unasked = False
     end = re.compile(rb"\r?\n\r?\n")
+    piece = re.compile(
+        rb'(data: \{"id":"[ !#-\[\]-~]*","object":"chat.completion.chunk",(?:"created":\d+,)?'
+        rb'"model":"[ !#-\[\]-~]+",(?:"system_fingerprint":"\w*",)?"choices":\[\{"index":0,'
+        rb'"delta":\{(?:"role":"assistant",)?"content":")([^"\\\x00-\x1f]+)'
+        rb'("\},"finish_reason":null\}\]\}\n\n)'
+    )
     data = re.compile(rb"(?m)^data:[ ]?(.*?)\r?$")
 
     def span(self, frame: bytes) -> tuple[int, int]:

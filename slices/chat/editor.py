@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from kernel.agent import Reply
-from kernel.dialects import Chunk, Dialect
+from kernel.dialects import Chunk, Dialect, dumps
 from kernel.errors import PluginExecutionError
 from slices.chat.chain import Run, notice, wrong
 
@@ -73,13 +73,18 @@ class Editor:
         self._dialect = dialect
         self._stages = stages
         self._noticed = noticed
-        self._last: Chunk | None = None  # the last one with text
+        self._last = b""  # the last one with text
         self._open = False  # text came since the last end
         self._broken = False  # an error came: what follows is none of our business
         self.waits = any(stage.waits for stage in stages)  # a frame may have to wait for an agent
 
     async def edit(self, frame: bytes) -> list[bytes]:
         """Return the frames that take the place of `frame` in a stream."""
+        if not self._broken and (parts := self._dialect.split(frame)):
+            before, text, behind = parts
+            self._last = frame
+            edited = await self._feed(text)
+            return [frame if edited == text else before + dumps(edited)[1:-1] + behind]
         chunk = self._dialect.parse(frame)
         if chunk is None:
             return [*await self.end(), frame] if frame.startswith(DONE) else [frame]
@@ -90,7 +95,7 @@ class Editor:
         text = self._dialect.text(chunk)
         if not text:
             return [*await self.end(), frame] if ends else [frame]
-        self._last = chunk
+        self._last = frame
         edited = await self._feed(text) + (await self._tail() if ends else "")
         return [self._edited(frame, chunk, text, edited)]
 
@@ -104,10 +109,9 @@ class Editor:
 
     async def end(self) -> list[bytes]:
         """Return the frames that belong before the end of the text, once after each text."""
-        if self._broken or self._last is None:
-            return []
-        text = await self._tail()
-        return [self._dialect.encode(self._dialect.with_text(self._last, text))] if text else []
+        last = None if self._broken else self._dialect.parse(self._last)
+        text = await self._tail() if last else ""
+        return [self._dialect.encode(self._dialect.with_text(last, text))] if last and text else []
 
     def _edited(self, frame: bytes, chunk: Chunk, text: str, edited: str) -> bytes:
         if edited == text:

@@ -95,6 +95,19 @@ def test_what_is_encoded_can_be_read_again(value: Any) -> None:
     assert json.loads(dumps(value)) == json.loads(json.dumps(value))
 
 
+@given(st.binary(max_size=9) | TEXTS.map(str.encode), DIALECTS)
+def test_a_frame_that_is_not_parsed_says_what_it_would_say_parsed(
+    text: bytes, dialect: Dialect
+) -> None:
+    frame = (line("?") if dialect is OLLAMA else event("?")).replace(b"?", text)
+    assert dialect.split(line("x") if dialect is OLLAMA else event("x"))
+
+    if parts := dialect.split(frame):
+        chunk = dialect.parse(frame)
+        assert chunk and not dialect.is_error(chunk) and not dialect.ends_text(chunk)
+        assert parts[1] == dialect.text(chunk) and b"".join((parts[0], text, parts[2])) == frame
+
+
 @given(
     st.lists(st.sampled_from(["/x", "\\", "\u2003", "+x", " ", "hello", '"model"', "é"])),
     st.sampled_from(["m", "m+x"]),
