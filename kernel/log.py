@@ -156,10 +156,17 @@ class Handler(logging.StreamHandler[TextIO]):
         with self.lock or nullcontext():
             records, self._records = self._records, []
             self._due, self._written = False, time.time()
-            lines = [self.format(record) + self.terminator for record in records]
+            lines = [self._line(record) for record in records]
             with suppress(OSError, ValueError):  # nobody reads it any more
                 self.stream.write("".join(lines))
                 self.stream.flush()
+
+    def _line(self, record: logging.LogRecord) -> str:
+        try:
+            return self.format(record) + self.terminator
+        except Exception:  # an agent's line, say, with too few arguments: the others are written
+            self.handleError(record)
+            return ""
 
 
 class TextFormatter(logging.Formatter):

@@ -55,7 +55,7 @@ async def blocks() -> None:
 
 async def blocks_in_its_second_step() -> None:
     await asyncio.sleep(0)
-    time.sleep(0.25)  # noqa: ASYNC251
+    time.sleep(0.25)  # noqa: ASYNC251 - the same mistake, later
 
 
 @pytest.mark.parametrize("hook", [blocks, blocks_in_its_second_step])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import logging
 import sys
@@ -13,7 +14,7 @@ import anyio
 import httpx
 import pytest
 
-from kernel.log import JsonFormatter, TextFormatter
+from kernel.log import Handler, JsonFormatter, TextFormatter
 from tests.support import FakeOllama, done, line, running, turn, write_agent
 
 ECHO = """
@@ -256,3 +257,16 @@ async def test_a_line_does_not_grow_with_what_a_client_sends(
 
     lines = [r.fields for r in caplog.records if r.message == "request"]  # type: ignore[attr-defined]
     assert [len(str(fields)) < 1000 for fields in lines] == [True, True]
+
+
+def test_a_line_that_cannot_be_made_harms_no_other(capsys: pytest.CaptureFixture[str]) -> None:
+    handler = Handler()
+    handler.setStream(stream := io.StringIO())
+
+    for args in ((1,), ("one",), (2,)):
+        record = logging.LogRecord("agent", logging.INFO, __file__, 1, "%d", args, None)
+        handler.handle(record)
+    handler.flush()
+
+    assert stream.getvalue() == "1\n2\n"
+    assert "TypeError" in capsys.readouterr().err

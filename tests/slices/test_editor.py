@@ -171,7 +171,7 @@ async def test_a_frame_does_not_wait_for_the_agent_that_works_on_the_next_one(
     code = """
     class Ponders(BaseAgent):
         async def on_chunk(self, text):
-            await asyncio.sleep(30 if text == "b" else 0)
+            await asyncio.sleep(30 if text == "b" else 0)  # the agent's, and never waited for
             return text.upper()
     """
     write_agent(plugins, "ponders", code)
