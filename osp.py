@@ -25,10 +25,10 @@ from starlette.types import ASGIApp
 
 import demo
 from kernel import log
+from kernel.access import Access
 from kernel.client import OllamaClient
 from kernel.config import HOME, Config, load, parse_upstream
 from kernel.errors import ConfigError, UpstreamError
-from kernel.guard import Guard
 from kernel.log import AccessLog
 from kernel.metrics import Metrics
 from kernel.models import Presets
@@ -91,7 +91,7 @@ def create_app(config: Config, registry: PluginRegistry | None = None) -> ASGIAp
         redirect_slashes=False,
         lifespan=lifespan,
     )
-    guard = Guard(router, config.access, config.server.host, [route.path for route in own])
+    guard = Access(router, config.access, config.server.host, [route.path for route in own])
     return AccessLog(guard, collector, [route.path for route in routes])
 
 

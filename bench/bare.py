@@ -2,7 +2,7 @@
 
     python bare.py HOST:PORT UPSTREAM
 
-`AccessLog` (the line per request, its id, the metrics) and `Guard` are taken off; what they cost a
+`AccessLog` (the line per request, its id, the metrics) and `Access` are taken off; what they cost a
 forwarded request is the difference to `osp.py`. Chats need what they leave behind: ask it none.
 """
 
@@ -19,8 +19,8 @@ from starlette.types import ASGIApp
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import osp
+from kernel.access import Access
 from kernel.config import Config, PluginsConfig, UpstreamConfig
-from kernel.guard import Guard
 from kernel.log import AccessLog
 from kernel.server import SETTINGS, Server, listen
 
@@ -30,7 +30,7 @@ def create_app(upstream: str) -> ASGIApp:
         Config(), upstream=UpstreamConfig(url=upstream), plugins=PluginsConfig(dirs=())
     )
     log = osp.create_app(config)
-    assert isinstance(log, AccessLog) and isinstance(log.app, Guard)
+    assert isinstance(log, AccessLog) and isinstance(log.app, Access)
     return log.app.app
 
 

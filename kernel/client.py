@@ -13,8 +13,8 @@ from contextlib import aclosing
 from typing import Any, Self
 
 from kernel.config import Upstream
+from kernel.connection import Answer, Body, Headers, Transport
 from kernel.errors import UpstreamError, UpstreamTimeout
-from kernel.transport import Answer, Body, Headers, Transport
 
 
 class OllamaClient:

@@ -19,9 +19,9 @@ from starlette.types import Receive, Scope, Send
 
 from kernel import dialects
 from kernel.client import OllamaClient
+from kernel.connection import Answer, Body, Headers
 from kernel.errors import BrokenAnswer, ClientDisconnected, OSPError, UpstreamError
 from kernel.log import facts
-from kernel.transport import Answer, Body, Headers
 
 # RFC 9110 section 7.6.1, with the older names that Ollama's own proxy strips
 HOP_BY_HOP = frozenset(

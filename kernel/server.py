@@ -20,9 +20,9 @@ import uvicorn
 from starlette.routing import Route, Router
 from starlette.types import Receive, Scope, Send
 
+from kernel.access import is_mine
 from kernel.config import Upstream
 from kernel.errors import ConfigError
-from kernel.guard import is_mine
 
 SETTINGS: dict[str, Any] = {
     "lifespan": "on",  # auto would hide what goes wrong in it

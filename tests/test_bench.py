@@ -16,7 +16,7 @@ import pytest
 from bench import bare, client, kinds, load, run, servers
 from bench.servers import Kind
 from bench.table import PANELS, Report
-from kernel.guard import Guard
+from kernel.access import Access
 from kernel.log import AccessLog
 
 WRK = """Running 2s test @ http://127.0.0.1:1/api/chat
@@ -121,7 +121,7 @@ def test_the_naive_forwarder_forwards(upstream: str, tmp_path: Path) -> None:
 
 
 def test_the_bare_proxy_has_neither_log_nor_guard() -> None:
-    assert not isinstance(bare.create_app("http://127.0.0.1:1"), (AccessLog, Guard))
+    assert not isinstance(bare.create_app("http://127.0.0.1:1"), (AccessLog, Access))
 
 
 def test_what_wrk_says_is_understood() -> None:

@@ -15,7 +15,7 @@ import httpx
 import pytest
 
 import demo
-from slices.chat.commands import Command, Grammar
+from kernel.commands import Command, Grammar
 from tests.slices.test_chain import ANSWER, PATHS, SENT, write
 from tests.support import FakeOllama, done, running, said, turn, write_agent
 

@@ -13,16 +13,16 @@ from hypothesis import strategies as st
 
 from kernel.agent import BaseAgent, Context
 from kernel.client import OllamaClient
+from kernel.commands import Grammar
 from kernel.config import PluginsConfig, parse_upstream
 from kernel.dialects import OLLAMA, OPENAI, Dialect, FrameSplitter, dumps
+from kernel.editor import Editor, Stage
 from kernel.metrics import Metrics
 from kernel.models import Presets
 from kernel.plugin import Plugin
 from kernel.registry import PluginRegistry
-from slices.chat.chain import Run
-from slices.chat.commands import Grammar
-from slices.chat.editor import Editor, Stage
-from slices.chat.turn import TurnReader, split_model
+from kernel.run import Run
+from slices.chat import TurnReader, split_model
 from tests.support import DONE, done, event, line, said
 
 TEXTS = st.text(st.characters(codec="utf-8"), max_size=12)

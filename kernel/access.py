@@ -1,4 +1,4 @@
-"""Guard: who may come in. Plain ASGI, and done before a byte of the body is read.
+"""Access: who may come in. Plain ASGI, and done before a byte of the body is read.
 
 Ollama checks `Host` against DNS rebinding and `Origin` against foreign web pages. The upstream is
 sent a Host of its own, so the first check is ours to repeat (allowedHost in Ollama's
@@ -42,7 +42,7 @@ VALID = re.compile(r"[A-Za-z0-9!$%&'()*+,\-.:;=\[\]_~]*")  # httpguts.ValidHostH
 SECRETS = (b"authorization", b"x-api-key")
 
 
-class Guard:
+class Access:
     """Refuse what may not come in. `own` are the paths that the proxy answers itself."""
 
     def __init__(

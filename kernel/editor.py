@@ -14,7 +14,7 @@ from typing import Any
 from kernel.agent import Reply
 from kernel.dialects import Chunk, Dialect, dumps
 from kernel.errors import PluginExecutionError
-from slices.chat.chain import Run, notice, wrong
+from kernel.run import Run, notice, wrong
 
 DONE = b"data: [DONE]"
 

@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
+from kernel.commands import Command, Grammar, parse_arguments
 from kernel.errors import BadRequest
-from slices.chat.commands import Command, Grammar, parse_arguments
 
 GRAMMAR = Grammar("/", {"rag", "translate", "to-do"}.__contains__)
 
