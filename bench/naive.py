@@ -1,6 +1,6 @@
 """Naive: the forwarder that one writes in ten minutes, to measure against.
 
-    python naive.py HOST:PORT UPSTREAM
+    python naive.py PORT UPSTREAM
 
 Starlette and httpx as their documentation shows them: one AsyncClient for all, a StreamingResponse,
 no limit on connections and no time-out. It keeps no log, which the proxy does.
@@ -49,6 +49,5 @@ def create_app(upstream: str) -> Starlette:
 
 
 if __name__ == "__main__":
-    host, _, port = sys.argv[1].rpartition(":")
     app = create_app(sys.argv[2])
-    uvicorn.run(app, host=host, port=int(port), log_level="warning", access_log=False)
+    uvicorn.run(app, port=int(sys.argv[1]), log_level="warning", access_log=False)

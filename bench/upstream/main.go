@@ -2,10 +2,9 @@
 //
 //	upstream ADDRESS
 //
-// Whatever is asked gets the answer of a chat, whole; with ?frames=N in the query a stream of N
-// frames and the last one, each flushed by itself, and with &every=M one every M milliseconds.
-// A frame's created_at is the time at which it is sent, in nanoseconds, so that a client on the same
-// machine can tell how old it is.
+// It answers every request with one whole chat answer. With ?frames=N it streams N frames and a last
+// one, each flushed by itself; with &every=M it sends one every M milliseconds. A frame's created_at
+// is the time at which it is sent, so that a client on the same machine can tell how old it is.
 package main
 
 import (
@@ -49,25 +48,23 @@ func answer(w http.ResponseWriter, r *http.Request) {
 		io.WriteString(w, `{"version":"0.0.0"}`)
 		return
 	}
-	say(w, whole)
+	write(w, whole)
 }
 
 func stream(w http.ResponseWriter, frames int, every time.Duration) {
 	w.Header().Set("Content-Type", "application/x-ndjson")
 	flusher := w.(http.Flusher)
 	for ; frames > 0; frames-- {
-		if err := say(w, frame); err != nil {
+		if err := write(w, frame); err != nil {
 			return
 		}
 		flusher.Flush()
-		if every > 0 {
-			time.Sleep(every)
-		}
+		time.Sleep(every)
 	}
-	say(w, end)
+	write(w, end)
 }
 
-func say(w io.Writer, what string) error {
-	_, err := fmt.Fprintf(w, what, time.Now().UTC().Format(clock))
+func write(w io.Writer, template string) error {
+	_, err := fmt.Fprintf(w, template, time.Now().UTC().Format(clock))
 	return err
 }

@@ -1206,13 +1206,14 @@ async def test_of_many_vectors_the_nearest_are_found(tmp_path: Path) -> None:
 async def test_the_right_passage_is_among_five_for_nine_of_ten_questions(
     tmp_path: Path, brain: Brain, client: OllamaClient, model: str
 ) -> None:
-    """The questions of bench/rag.toml that share words with the passage they are about.
+    """The questions of its bench that share words with the passage they are about.
 
     An embedding model that knows nothing at all must not spoil that.
     """
     rng = random.Random(7)
     brain.embed = lambda text: [rng.gauss(0, 1) for _ in range(8)]
-    articles = tomllib.loads((ROOT / "bench/rag.toml").read_text(encoding="utf-8"))["articles"]
+    bench = ROOT / "plugins/rag_agent/bench/rag.toml"
+    articles = tomllib.loads(bench.read_text(encoding="utf-8"))["articles"]
     for article in articles:
         write(tmp_path / "notes" / article["name"], article["text"])
     hits = []

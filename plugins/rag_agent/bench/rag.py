@@ -1,8 +1,8 @@
 """RAG: does it find the right passage, and how fast?
 
-    python bench/rag.py                                             # the built-in stand-in
-    python bench/rag.py --ollama http://127.0.0.1:11434 --model nomic-embed-text
-    python bench/rag.py --chunks 1000 20000 --no-recall
+    python plugins/rag_agent/bench/rag.py  # before the built-in stand-in
+    python plugins/rag_agent/bench/rag.py --ollama http://127.0.0.1:11434 --model nomic-embed-text
+    python plugins/rag_agent/bench/rag.py --chunks 1000 20000 --no-recall
 
 The questions are those of `rag.toml`: a passage counts as found when it is one of the first five
 and holds the words that answer the question. The stand-in's vectors are words too, and no meaning:
@@ -30,10 +30,10 @@ from pathlib import Path
 from typing import Any
 
 HERE = Path(__file__).resolve().parent
-sys.path.insert(0, str(HERE.parent))
+ROOT = HERE.parents[2]
+sys.path.insert(0, str(ROOT))
 
 import demo  # noqa: E402
-from kernel.agent import Context  # noqa: E402
 from kernel.client import OllamaClient  # noqa: E402
 from kernel.config import PluginsConfig, parse_upstream  # noqa: E402
 from kernel.registry import PluginRegistry  # noqa: E402
@@ -46,6 +46,19 @@ ROUNDS = 50  # of questions for one time
 INVENTED = 30_000  # words of a made-up language
 
 
+class Embedder:
+    """The part of an agent's context that finding passages needs."""
+
+    log = logging.getLogger("bench")
+
+    def __init__(self, client: OllamaClient) -> None:
+        self.client = client
+
+    async def embed(self, texts: list[str], model: str) -> list[list[float]]:
+        answer = await self.client.ask("/api/embed", {"model": model, "input": texts})
+        return list(answer["embeddings"])
+
+
 def say(text: str) -> None:
     sys.stdout.write(f"{text}\n")
     sys.stdout.flush()
@@ -55,7 +68,7 @@ def say(text: str) -> None:
 async def loaded(folder: Path, data: Path, model: str) -> AsyncIterator[Any]:
     """Load the agent as the proxy does, and yield it when it has read the folder."""
     settings = {"folder": str(folder), "embed_model": model}
-    config = PluginsConfig(dirs=(HERE.parent / "plugins",), only=("rag",))
+    config = PluginsConfig(dirs=(ROOT / "plugins",), only=("rag",))
     async with PluginRegistry(config, {"rag": {"settings": settings}}, data, {}) as registry:
         plugin = registry.plugins["rag"]
         if plugin.agent is None:
@@ -67,7 +80,7 @@ async def loaded(folder: Path, data: Path, model: str) -> AsyncIterator[Any]:
         yield agent
 
 
-async def recall(agent: Any, context: Context) -> None:
+async def recall(agent: Any, context: Embedder) -> None:
     """Print how many questions find their passage among the first five, by each ranking."""
     articles = tomllib.loads((HERE / "rag.toml").read_text(encoding="utf-8"))["articles"]
     asked = [(a["name"], *question) for a in articles for question in a["questions"]]
@@ -184,21 +197,7 @@ async def measure_recall(folder: Path, url: str | None, model: str) -> None:
     async with demo.serve(demo.create_app()) as stand_in:
         async with OllamaClient(parse_upstream(url or stand_in), 5.0) as client:
             async with loaded(folder / "texts", folder / "data", model) as agent:
-                await recall(agent, a_context(client))
-
-
-def a_context(client: OllamaClient) -> Context:
-    return Context(
-        request_id="bench",
-        dialect="ollama",
-        stream=False,
-        asked=True,
-        user="",
-        state={},
-        log=logging.LoggerAdapter(logging.getLogger("bench")),
-        payload={"model": "", "messages": []},
-        client=client,
-    )
+                await recall(agent, Embedder(client))
 
 
 if __name__ == "__main__":
