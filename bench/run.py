@@ -1,11 +1,7 @@
 """Bench: what the proxy costs, beside its alternatives, in one run. README.md says how to use it.
 
-    python bench/run.py
-    python bench/run.py --only osp,old,chat160,stream --against old=/path/to/checkout
-
-Every round asks each server in turn, so that a busy moment of the machine hits all of them; the
-table has medians of the rounds. Begin to read at `MEASURES`: each is a function that runs once a
-round.
+Every round asks each server in turn, so that a busy moment of the machine hits all of them. Begin
+to read at `MEASURES`: each is a function that runs once a round.
 """
 
 from __future__ import annotations
@@ -19,10 +15,9 @@ import shutil
 import subprocess
 import sys
 import tempfile
-import urllib.request
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -81,7 +76,6 @@ LOADS = {
     "chat20k": Load("untouched chat, 20 kB", "/api/chat", chat(20_000)),
     "stream": stream("stream of 200 frames", TEXT, b" word"),
     "piece": stream("  edited by on_chunk", f"/piece {TEXT}", b" WORD"),
-    "whole": stream("  edited by on_response", f"/whole {TEXT}", b" WORD WORD"),
 }
 SHORT = stream("", TEXT, b" word", "20")
 SLOW = stream("", TEXT, b"", "1000000&every=50")
@@ -147,10 +141,8 @@ class Bench:
         first = self.round % max(1, len(self.running))
         yield from (self.direct, *self.running[first:], *self.running[:first])
 
-    @contextmanager
-    def fresh(self, kind: Kind) -> Iterator[Server]:
-        with servers.start(kind, self.folder / f"{kind.name}.log") as server:
-            yield server
+    def fresh(self, kind: Kind) -> AbstractContextManager[Server]:
+        return servers.start(kind, self.folder / f"{kind.name}.log")
 
     @contextmanager
     def noting(self, name: str) -> Iterator[None]:
@@ -178,10 +170,9 @@ class Bench:
 
 
 def check(url: str, load: Load) -> None:
-    """Raise RuntimeError unless the answer is a 200 that holds what it must, OSError if none is."""
-    with urllib.request.urlopen(urllib.request.Request(url, load.body), timeout=60) as answer:
-        if load.holds not in (text := answer.headers.as_bytes() + answer.read()):
-            raise RuntimeError(f"{url} answers without {load.holds!r}: {text[:300]!r}")
+    """Raise RuntimeError or OSError unless the answer is a 200 that holds what it must."""
+    if load.holds not in (answer := servers.ask(url, load.body)):
+        raise RuntimeError(f"{url} answers without {load.holds!r}: {answer[:300]!r}")
 
 
 def throughput(load: Load, bench: Bench) -> None:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
-import http.client
 import json
 import math
 import os
@@ -12,10 +10,13 @@ import shutil
 import socket
 import subprocess
 import time
+import urllib.request
+from argparse import Namespace as Flags
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
+from http.client import HTTPException
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
@@ -80,7 +81,7 @@ class Server:
         return pids
 
 
-def kinds(folder: Path, upstream: str, flags: argparse.Namespace) -> dict[str, Kind]:
+def kinds(folder: Path, upstream: str, flags: Flags) -> dict[str, Kind]:
     """Return every server that can be started here, and those of --against. Raises SystemExit."""
     proxy = partial(osp, folder, upstream, flags)
     python = partial(script, flags.python)
@@ -99,25 +100,18 @@ def kinds(folder: Path, upstream: str, flags: argparse.Namespace) -> dict[str, K
             raise SystemExit(f"--against {item}: no URL, and no folder with an osp.py")
     for piece in ("answer", "relay"):
         found[piece] = Kind(piece, python("pieces.py", piece, upstream))
-    return {**found, "quiet": proxy("quiet", HERE.parent, level="error")}
+    return {**found, "quiet": proxy("quiet", HERE.parent)}
 
 
-def osp(
-    folder: Path,
-    upstream: str,
-    flags: argparse.Namespace,
-    name: str,
-    tree: Path,
-    level: str = "info",
-) -> Kind:
-    """Return the proxy of a checkout, with the bench's agents; with its own ones for --command."""
+def osp(folder: Path, upstream: str, flags: Flags, name: str, tree: Path) -> Kind:
+    """Return the proxy of a checkout, with the bench's agent; with its own ones for --command."""
     settings = folder / f"{name}.toml"
     plugins = [HERE / "plugins", *([tree.resolve() / "plugins"] if flags.command else [])]
     values = {
         "upstream.url": upstream,
         "plugins.dirs": list(map(str, plugins)),
         "server.data": str(folder / name),
-        "log.level": level,
+        "log.level": "error" if name == "quiet" else "info",
     }
     lines = (f"{key} = {json.dumps(value)}\n" for key, value in values.items())
     settings.write_text("".join(lines), encoding="utf-8")
@@ -174,27 +168,24 @@ def start(kind: Kind, log: Path, port: int = 0, *, proxy: bool = True) -> Iterat
         ready = (time.perf_counter() - began) * 1000
         yield Server(kind.name, f"http://127.0.0.1:{port}", process.pid, ready)
     finally:
-        stop(process)
-
-
-def stop(process: subprocess.Popen[bytes]) -> None:
-    process.terminate()
-    try:
-        process.wait(15)
-    except subprocess.TimeoutExpired:
+        process.terminate()
+        with suppress(subprocess.TimeoutExpired):
+            process.wait(15)
         process.kill()
         process.wait()
 
 
 def answers(port: int) -> bool:
-    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=5)
-    try:
-        connection.request("GET", "/api/version")
-        return connection.getresponse().status == 200
-    except (OSError, http.client.HTTPException):
-        return False
-    finally:
-        connection.close()
+    with suppress(OSError, HTTPException):
+        return bool(ask(f"http://127.0.0.1:{port}/api/version"))
+    return False
+
+
+def ask(url: str, body: bytes | None = None) -> bytes:
+    """Return the headers and the body of a 200. Raises OSError and HTTPException."""
+    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+    with opener.open(urllib.request.Request(url, body), timeout=PATIENCE) as answer:
+        return bytes(answer.headers.as_bytes() + answer.read())
 
 
 def free_port() -> int:
