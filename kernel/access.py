@@ -14,15 +14,15 @@ import ipaddress
 import posixpath
 import re
 import socket
-from collections.abc import Collection
+from collections.abc import Awaitable, Collection
 from functools import lru_cache
 from urllib.parse import unquote
 
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from kernel.config import AccessConfig
-from kernel.errors import BadRequest, NotAllowed
-from kernel.log import facts
+from kernel.errors import NotAllowed
+from kernel.log import Headers, RequestInfo, info
 from kernel.relay import refuse, respond
 
 PRIVATE = [
@@ -34,111 +34,98 @@ ORIGINS = [  # envconfig.AllowedOrigins in Ollama's sources
       for host in ("localhost", "127.0.0.1", "0.0.0.0") for port in ("", ":*")),
     "app://*", "file://*", "tauri://*", "vscode-webview://*", "vscode-file://*",
 ]  # fmt: skip
-PLAIN = (b"content-type", b"text/plain; charset=utf-8")
-LONGEST = 300  # of an origin that is copied into an answer: a name has 253 at most
+LONGEST = 300  # bytes of an origin that is copied into an answer: a name has 253 at most
 # As Go's net.SplitHostPort does it: [::1] without a port stays as it is, and then is no address.
 SPLIT = re.compile(r"\[([^\[\]]*)\]:[^:\[\]]*|([^:\[\]]*):[^:\[\]]*")
-VALID = re.compile(r"[A-Za-z0-9!$%&'()*+,\-.:;=\[\]_~]*")  # httpguts.ValidHostHeader
 SECRETS = (b"authorization", b"x-api-key")
 
 
 class Access:
-    """Refuse what may not come in. `own` are the paths that the proxy answers itself."""
+    """Refuse what may not come in. `own` are the paths that the proxy answers itself.
+
+    `loopback` says that only this machine can connect.
+    """
 
     def __init__(
-        self, app: ASGIApp, access: AccessConfig, listen: str, own: Collection[str]
+        self, app: ASGIApp, access: AccessConfig, loopback: bool, own: Collection[str]
     ) -> None:
         self.app = app
         self.access = access
-        self.loopback = is_loopback(listen)
+        self.loopback = loopback
         self.own = frozenset(own)
-        self.names = {socket.gethostname().lower(), *map(str.lower, access.hosts)}
-        # A * stands for anything and no other sign for more than itself: fnmatch would read [::1].
+        self.names = {"", "localhost", socket.gethostname().lower()}
+        self.names.update(map(str.lower, access.hosts))
+        # Only * is a wildcard; fnmatch would read [::1] as a character class.
         likes = (re.escape(origin).replace(r"\*", ".*") for origin in (*ORIGINS, *access.origins))
         self.origins = re.compile("|".join(likes))
 
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+    def __call__(self, scope: Scope, receive: Receive, send: Send) -> Awaitable[None]:
         if scope["type"] == "http":
-            unfold(scope)
             try:
-                self.check_host_and_origin(scope)
-                self.check_path(scope["path"])
-                self.check_key(scope)
-            except BadRequest as exc:  # net/http's words, and like it the end of the connection
-                headers = [PLAIN, (b"connection", b"close")]
-                return await respond(scope, send, 400, headers, f"400 Bad Request{exc}".encode())
+                self.check(scope, info(scope))
             except NotAllowed as exc:
                 if not str(exc):
-                    return await respond(scope, send, exc.status, [], b"")  # as Ollama does
-                return await refuse(scope, send, exc)
-        await self.app(scope, receive, send)
+                    return respond(scope, send, exc.status, [], b"")  # as Ollama does
+                return refuse(scope, send, exc)
+        return self.app(scope, receive, send)
 
-    def check_host_and_origin(self, scope: Scope) -> None:
-        """Raise BadRequest or an empty NotAllowed; leave in the facts what the origin may do."""
-        hosts = values(scope, b"host")
-        if len(hosts) > 1 or (not hosts and scope["http_version"] != "1.0"):
-            raise BadRequest("" if hosts else ": missing required Host header")
-        host = hosts[0] if hosts else ""
-        if not VALID.fullmatch(host):
-            raise BadRequest(": malformed Host header")
-        own, known = scope["path"] in self.own, facts(scope)
-        if (self.loopback or own) and not self.allowed_host(host_name(host)):
+    def check(self, scope: Scope, known: RequestInfo) -> None:
+        """Raise NotAllowed, with no text where Ollama's answer has no body."""
+        own = scope["path"] in self.own
+        if self.loopback or own:
+            self.check_host(host_name(known.host), own)
+        for origin in known.origins:
+            self.check_origin(origin.decode("latin-1"), known, own)
+        if self.access.deny:
+            self.check_path(scope["path"])
+        if self.access.keys:
+            self.check_key(scope, known)
+
+    def check_host(self, name: str, own: bool) -> None:
+        if name in self.names or name.endswith((".localhost", ".local", ".internal")):
+            return
+        if not is_near(name):
+            cure = f'{name} is not allowed here: access.hosts = ["{name}"] allows it'
+            raise NotAllowed(cure if own else "")
+
+    def check_origin(self, origin: str, known: RequestInfo, own: bool) -> None:
+        """Leave in `known` what the origin may do."""
+        if origin in (f"http://{known.host}", f"https://{known.host}"):
+            return
+        if len(origin) <= LONGEST and self.origins.fullmatch(origin):
+            allow = (b"access-control-allow-origin", origin.encode("latin-1"))
+            known.cors = [allow, (b"vary", b"Origin")]
+        elif own:
             raise NotAllowed
-        for origin in values(scope, b"origin"):
-            if origin in (f"http://{host}", f"https://{host}"):
-                continue
-            if len(origin) <= LONGEST and self.origins.fullmatch(origin):
-                allow = (b"access-control-allow-origin", origin.encode("latin-1"))
-                known.cors = [allow, (b"vary", b"Origin")]
-            elif own:
-                raise NotAllowed
-            else:
-                known.foreign = True
-
-    def allowed_host(self, name: str) -> bool:
-        if name in ("", "localhost") or name in self.names:
-            return True
-        return name.endswith((".localhost", ".local", ".internal")) or is_near(name)
+        else:
+            known.foreign = True
 
     def check_path(self, path: str) -> None:
-        if not self.access.deny:
-            return
         # Ollama's router unescapes, and cleans what has // or .. in it
         clean = posixpath.normpath("/" + unquote(path).lstrip("/"))
         for closed in self.access.deny:
             if clean == closed or clean.startswith(closed.rstrip("/") + "/"):
                 raise NotAllowed(f"{closed} is closed here")
 
-    def check_key(self, scope: Scope) -> None:
+    def check_key(self, scope: Scope, known: RequestInfo) -> None:
         """Take the key out of the headers, so that it goes no further; NotAllowed without one."""
-        if not self.access.keys:
+        headers = scope["headers"]
+        if scope["method"] == "OPTIONS" and values(headers, b"access-control-request-method"):
             return
-        if scope["method"] == "OPTIONS" and values(scope, b"access-control-request-method"):
-            return
-        sent = [value for name in SECRETS for value in values(scope, name)]
+        sent = [value for name in SECRETS for value in values(headers, name)]
         given = [re.sub(r"(?i)^bearer +", "", value) for value in sent]
         # Every comparison is made, so that the time taken tells nothing.
         hits = [key for key in self.access.keys for value in given if same(key, value)]
         if not hits:
             text = "a key is needed here: Authorization: Bearer KEY, or x-api-key: KEY"
             raise NotAllowed(text, status=401)
-        facts(scope).user = hashlib.sha256(hits[0].encode()).hexdigest()[:16]
-        scope["headers"] = [pair for pair in scope["headers"] if pair[0] not in SECRETS]
+        known.user = hashlib.sha256(hits[0].encode()).hexdigest()[:16]
+        scope["headers"] = [pair for pair in headers if pair[0] not in SECRETS]
+        known.headers = [pair for pair in known.headers if pair[0] not in SECRETS]
 
 
-def unfold(scope: Scope) -> None:
-    """Turn a target in absolute form into path and Host, which it overrides (RFC 9112, 3.2.2)."""
-    _, absolute, rest = scope["raw_path"].partition(b"://")
-    if absolute and not scope["raw_path"].startswith(b"/"):
-        authority, _, path = rest.partition(b"/")
-        scope["raw_path"] = b"/" + path
-        scope["path"] = unquote(scope["raw_path"].decode("latin-1"))
-        others = [pair for pair in scope["headers"] if pair[0] != b"host"]
-        scope["headers"] = [(b"host", authority), *others]
-
-
-def values(scope: Scope, name: bytes) -> list[str]:
-    return [value.decode("latin-1") for key, value in scope["headers"] if key == name]
+def values(headers: Headers, name: bytes) -> list[str]:
+    return [value.decode("latin-1") for key, value in headers if key == name]
 
 
 def same(key: str, value: str) -> bool:
@@ -181,8 +168,7 @@ def is_mine(address: str) -> bool:
     return True
 
 
-def is_loopback(listen: str) -> bool:
-    try:
-        return ipaddress.ip_address(listen).is_loopback
-    except ValueError:
-        return listen == "localhost"
+def is_loopback(listener: socket.socket) -> bool:
+    """Tell whether only this machine can connect to a socket, whatever the setting's text was."""
+    address = ipaddress.ip_address(listener.getsockname()[0].partition("%")[0])
+    return (getattr(address, "ipv4_mapped", None) or address).is_loopback

@@ -1,136 +1,67 @@
-"""Transport: the fast lane to one origin, plain or TLS, over connections that are kept alive.
+"""Connection: one connection to Ollama, and the exchange that runs on it.
 
-    Transport    the idle connections, last used first; connects, and repeats what died on one
-    Connection   idle ──lend──► busy with one Answer ──complete──► idle
-                                        └──anything else──► closed
-    Answer       one exchange: the request as it is sent, the answer as it comes
-    parsers      httptools, or h11 where that is missing: fed with bytes, they call the Answer
+    Connection   idle or busy with one Answer; the client keeps it, or it is closed
+    Answer       one exchange: sends the request, is what httptools calls as the answer comes
 
-A connection is used again only if the answer was complete, the request was sent whole, both sides
-keep it alive, and not a byte came too many. There is one way out of an exchange, `_detach`, and it
-awaits nothing: cancelling anywhere is safe. The end of a connection where it does not belong is a
-broken answer, never a short one. Nothing is buffered beyond `HIGH` bytes each way.
+A connection is used again only if the answer is complete, the request was sent whole, both sides
+keep it alive and no surplus byte came. `Answer.close` is the only way out of an exchange. It never
+awaits, so a task may be cancelled anywhere. When the connection ends before the answer does, that
+is an error. At most `HIGH` bytes wait in either direction.
 """
 
 from __future__ import annotations
 
 import asyncio
+import re
 import select
-import ssl
-from collections.abc import AsyncIterable, AsyncIterator
-from typing import Any, Protocol, cast
+import socket
+from collections.abc import AsyncIterable, AsyncIterator, Callable
+from typing import Any, cast
 
-import h11
+import httptools
 
-from kernel.config import Upstream
-from kernel.errors import UpstreamConnectionError, UpstreamError, UpstreamTimeout
-
-try:
-    import httptools
-except ImportError:
-    httptools = None  # type: ignore[assignment]
+from kernel.errors import UpstreamError
 
 Headers = list[tuple[bytes, bytes]]
 Body = bytes | AsyncIterable[bytes] | None
 
-HIGH = 2**18  # bytes of an answer that wait for the client before the upstream has to
-HEAD_LIMIT = 2**20  # bytes of a head, as Go allows
-FRAMING = (b"content-length", b"transfer-encoding")
-IDLE = 64  # connections that are kept
-# What may be sent again when a kept connection turns out to be dead
-SAFE = (b"GET", b"HEAD", b"OPTIONS")
-REPEATABLE = tuple(
-    b"/api/chat /api/generate /api/embed /api/embeddings /api/show"
-    b" /v1/chat/completions /v1/completions /v1/embeddings".split()
-)
+HIGH = 2**18  # bytes of an answer that wait for the client before the upstream has to wait
+HEAD_LIMIT = 2**20  # bytes of a head, or of what stands between two pieces of a body
+CONTINUE = 1.0  # seconds to wait for "100 Continue", as curl and Go do
+PROBES = 15  # seconds between TCP keep-alive probes, as in Go: a NAT forgets silent connections
+LENGTH, CODING = FRAMING = (b"content-length", b"transfer-encoding")
+CHUNKED = CODING + b": chunked"
+HEAD_END = re.compile(rb"\n\r?\n")
+FOLD = re.compile(rb"\r?\n[ \t]+")
 
 
-class Transport:
-    """One origin; `close` it in the end."""
-
-    def __init__(self, upstream: Upstream, connect_timeout: float) -> None:
-        self.upstream = upstream
-        self.idle: list[Connection] = []
-        self._timeout = connect_timeout
-        self._ssl = ssl.create_default_context() if upstream.scheme == "https" else None
-
-    async def open(self, method: bytes, target: bytes, headers: Headers, body: Body) -> Answer:
-        """Send a request as it is, and return when its answer begins. Raises UpstreamError."""
-        connection = self._kept()
-        try:
-            return await self._exchange(connection, method, target, headers, body)
-        except BrokeOff as exc:
-            # Nothing of an answer came, perhaps because nobody was there any more to read the
-            # request. Once more, where the bytes are still here and running twice does no harm.
-            twice = method in SAFE or target.partition(b"?")[0].endswith(REPEATABLE)
-            if connection is None or exc.begun or isinstance(body, AsyncIterable) or not twice:
-                raise
-            return await self._exchange(None, method, target, headers, body)
-
-    async def _exchange(
-        self, kept: Connection | None, method: bytes, target: bytes, headers: Headers, body: Body
-    ) -> Answer:
-        connection = kept or await self._connect()
-        answer = Answer(connection, method)
-        try:
-            answer.send(request_head(method, target, headers, body), body)
-            await answer.begun()
-        except BaseException:
-            await answer.aclose()
-            raise
-        return answer
-
-    def _kept(self) -> Connection | None:
-        while self.idle:
-            connection = self.idle.pop()
-            if not connection.transport.is_closing() and connection.is_quiet():
-                return connection
-            connection.transport.abort()
-        return None
-
-    async def _connect(self) -> Connection:
-        loop, to = asyncio.get_running_loop(), self.upstream
-        try:
-            async with asyncio.timeout(self._timeout):
-                _, connection = await loop.create_connection(
-                    lambda: Connection(self), to.host, to.port, ssl=self._ssl
-                )
-        except TimeoutError as exc:
-            raise UpstreamTimeout(f"no connection to Ollama at {to.url} in time") from exc
-        except OSError as exc:
-            text = f"nothing answers at {to.url}: is Ollama running there?"
-            raise UpstreamConnectionError(f"{text} upstream.url says where it is") from exc
-        return connection
-
-    def close(self) -> None:
-        while self.idle:
-            self.idle.pop().transport.abort()
-
-
-class BrokeOff(UpstreamError):
-    """The connection ended; `begun` says whether a byte of the answer had come."""
-
-    begun = False
-
-
-def request_head(method: bytes, target: bytes, headers: Headers, body: Body) -> bytes:
+def request_head(method: str, target: bytes, headers: Headers, body: Body) -> bytes:
     """Return the head of a request; a body without a length is sent in chunks."""
-    lines = [method + b" " + target + b" HTTP/1.1"]
-    lines += [name + b": " + value for name, value in headers]
-    if body is not None and not any(name == b"content-length" for name, _ in headers):
-        sized = isinstance(body, bytes)
-        lines += [b"content-length: %d" % len(body) if sized else b"transfer-encoding: chunked"]  # type: ignore[arg-type]
-    return b"\r\n".join([*lines, b"", b""])
+    lines = [name + b": " + value for name, value in headers]
+    if body is not None and LENGTH not in dict(headers):
+        lines.append(b"content-length: %d" % len(body) if isinstance(body, bytes) else CHUNKED)
+    return b"\r\n".join([b"%s %s HTTP/1.1" % (method.encode(), target), *lines, b"", b""])
+
+
+def probe(sock: Any) -> None:
+    """Have the system find out whether the other side of a silent connection is still there."""
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    for name in ("TCP_KEEPIDLE", "TCP_KEEPALIVE", "TCP_KEEPINTVL"):  # macOS has the second
+        if option := getattr(socket, name, None):
+            sock.setsockopt(socket.IPPROTO_TCP, option, PROBES)
 
 
 class Connection(asyncio.Protocol):
-    """One connection: idle, or busy with one answer."""
+    """One connection. `keep` is called with it when it may be used again."""
 
-    transport: asyncio.Transport  # uvloop's is none, but behaves like one
+    transport: asyncio.Transport  # uvloop's is not a subclass, but behaves like one
+    loop: asyncio.AbstractEventLoop
+    idle_since = 0.0  # time.monotonic()
     _poll: Any = None
 
-    def __init__(self, owner: Transport) -> None:
-        self.owner = owner
+    def __init__(self, url: str, keep: Callable[[Connection], None]) -> None:
+        self.url = url
+        self.keep = keep
         self.answer: Answer | None = None
         self.writable = asyncio.Event()
         self.writable.set()
@@ -138,14 +69,16 @@ class Connection(asyncio.Protocol):
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self.transport = cast(asyncio.Transport, transport)
         self.loop = asyncio.get_running_loop()
+        sock = transport.get_extra_info("socket")
+        probe(sock)
         if hasattr(select, "poll"):
             self._poll = select.poll()
-            self._poll.register(transport.get_extra_info("socket").fileno(), select.POLLIN)
+            self._poll.register(sock.fileno(), select.POLLIN)
 
     def is_quiet(self) -> bool:
         """Ask the system whether there is nothing to read: no answer, no end, no reset.
 
-        The loop may not have looked yet. Where there is no poll (Windows) say yes.
+        The event loop may not have looked yet. Where there is no poll (Windows) return True.
         """
         return self._poll is None or not self._poll.poll(0)
 
@@ -153,7 +86,7 @@ class Connection(asyncio.Protocol):
         if self.answer:
             self.answer.feed(data)
         else:
-            self.transport.abort()  # nobody asked
+            self.transport.abort()  # an answer without a request
 
     def eof_received(self) -> None:
         if self.answer:
@@ -163,8 +96,6 @@ class Connection(asyncio.Protocol):
         self.writable.set()
         if self.answer:
             self.answer.end(exc or ConnectionResetError("connection lost"))
-        elif self in self.owner.idle:
-            self.owner.idle.remove(self)
 
     def pause_writing(self) -> None:
         self.writable.clear()
@@ -174,278 +105,241 @@ class Connection(asyncio.Protocol):
 
 
 class Answer:
-    """Ollama's answer: iterate over its body as the bytes come, and close it on every way out.
-
-    Iterating raises UpstreamError when the body ends before it is complete.
-    """
+    """Ollama's answer: read its body as the bytes come, and close it on every way out."""
 
     status = 0
-    complete = False  # all of it has come; what was not read yet is one read
-    headers: Headers  # as they came, in order, duplicates and all; names in lower case
+    complete = False  # all of it has come; the next read returns the rest
+    began = False  # a byte of it has come
+    headers: Headers  # in order, duplicates included; names in lower case
 
-    def __init__(self, connection: Connection, method: bytes) -> None:
+    _upload: asyncio.Task[None] | None = None  # sends the body, until it is sent whole
+    _continued: asyncio.Future[None] | None = None  # "100 Continue" has come
+    _waiter: asyncio.Future[None] | None = None
+    _error: Exception | None = None
+    _head = b""  # as it came, until it is complete
+    _refused = False  # llhttp does not take the head
+    _size = _overhead = 0  # bytes in _pieces, and bytes since the last piece of the body
+    _reusable = False
+
+    def __init__(self, connection: Connection, method: str) -> None:
         self._connection: Connection | None = connection
-        self._upstream = connection.owner.upstream
-        self._loop = connection.loop
-        self._parser: Parser | None = make_parser(self, method)
-        self._bodiless = method == b"HEAD"
-        self._pump: asyncio.Task[None] | None = None
-        self._waiter: asyncio.Future[None] | None = None
-        self._error: Exception | None = None
-        self._chunks: list[bytes] = []
-        self._size = 0
-        self._came = self._keep = self._paused = False
-        self._until_close = False  # the answer has no framing: the connection's end is its end
-        self._sent = True
+        self._loop, self._url = connection.loop, connection.url
+        self._method = method
+        self._pieces: list[bytes] = []  # what has come of the body since the last read
+        self._parser: Any = httptools.HttpResponseParser(self)
         connection.answer = self
 
     def header(self, name: bytes) -> bytes:
-        """Return the first value of a header, by its name in lower case, or nothing."""
+        """Return the first value of a header, by its name in lower case, or b""."""
         return next((value for key, value in self.headers if key == name), b"")
 
-    async def begun(self) -> None:
-        while not self.status:
-            await self._progress()
-
     async def read(self) -> bytes:
-        """Return what has come of the body since the last read, nothing at its end."""
-        while not self._size:
-            if self.complete:
-                return b""
+        """Return all that has come of the body since the last read, b"" at its end.
+
+        Raises UpstreamError when the body ends before it is complete.
+        """
+        while not self._pieces and not self.complete:
             await self._progress()
-        data, self._size = b"".join(self._chunks), 0
-        self._chunks.clear()
-        if self._paused and self._connection:
-            self._paused = False
+        if self._size > HIGH and self._connection:
             self._connection.transport.resume_reading()
+        data, self._size = b"".join(self._pieces), 0
+        self._pieces.clear()
         return data
+
+    async def arrives(self, seconds: float) -> bool:
+        """Wait for some of the body, or its end; tell whether it has come in time."""
+        if not (self._pieces or self.complete or self._error):
+            self._waiter = self._loop.create_future()
+            await asyncio.wait({self._waiter}, timeout=seconds)
+        return bool(self._pieces or self.complete or self._error)
 
     async def __aiter__(self) -> AsyncIterator[bytes]:
         while data := await self.read():
             yield data
 
     async def aclose(self) -> None:
-        """End the exchange, as often as you like; what was not read to its end is cut off."""
-        self._detach(reusable=False)
+        self.close()
+
+    def close(self) -> None:
+        """End the exchange, any number of times. The connection is kept or closed."""
+        connection, self._connection = self._connection, None
+        self._parser = None  # it refers to this object: break the circle
+        if self._upload:
+            self._upload.cancel()
+        if connection:
+            connection.answer = None
+            if self._reusable and not self._upload and not connection.transport.is_closing():
+                connection.keep(connection)
+            else:
+                connection.transport.abort()
 
     # The request
 
-    def send(self, head: bytes, body: Body) -> None:
-        """Begin to send; a body that comes in pieces is sent by a task of its own."""
-        assert self._connection
-        if isinstance(body, AsyncIterable):
-            self._sent = False
-            self._connection.transport.write(head)
-            chunked = b"\r\ntransfer-encoding: chunked\r\n" in head
-            self._pump = asyncio.create_task(self._upload(self._connection, body, chunked))
-        else:
-            self._connection.transport.write(head + (body or b""))
+    async def begin(self, head: bytes, body: Body) -> None:
+        """Send a request and wait for the head of the answer. Raises UpstreamError.
 
-    async def _upload(
-        self, connection: Connection, body: AsyncIterable[bytes], chunked: bool
-    ) -> None:
+        A body that comes in pieces is sent by a task of its own.
+        """
         try:
-            async for data in body:
+            self._send(head, body)
+            while not self.status:
+                await self._progress()
+        except BaseException:
+            self.close()
+            raise
+
+    def _send(self, head: bytes, body: Body) -> None:
+        assert self._connection
+        if self._connection.transport.is_closing():  # `end` was not called: there was no answer
+            self._fail("broke off: it closed the connection")
+        elif body is None or isinstance(body, bytes):
+            self._connection.transport.write(head + body if body else head)
+        else:
+            self._connection.transport.write(head)
+            if b"\r\nexpect: 100-continue\r\n" in head:
+                self._continued = self._loop.create_future()
+            pieces = in_chunks(body) if head.endswith(CHUNKED + b"\r\n\r\n") else body
+            self._upload = self._loop.create_task(self._send_body(self._connection, pieces))
+
+    async def _send_body(self, connection: Connection, pieces: AsyncIterable[bytes]) -> None:
+        try:
+            if self._continued:
+                await asyncio.wait({self._continued}, timeout=CONTINUE)
+            async for data in pieces:
                 if not connection.is_quiet():
-                    # An answer before its time, and perhaps a reset behind it: let the loop read
-                    # (it looks in one round and calls in the next) before a write would fail.
+                    # An answer before its time, perhaps with a reset behind it. Let the loop read
+                    # it (one round to look, one to call us) before this write fails.
                     await asyncio.sleep(0)
                     await asyncio.sleep(0)
                 if connection.transport.is_closing():
-                    return  # what the other side said, or did not, is told by the reading half
-                framed = b"%x\r\n%s\r\n" % (len(data), data) if chunked else data
-                connection.transport.write(framed)
+                    return  # `end` was called and has said why
+                connection.transport.write(data)
                 await connection.writable.wait()
-            if chunked and not connection.transport.is_closing():
-                connection.transport.write(b"0\r\n\r\n")
-            self._sent = True
-        except Exception as exc:  # the client's side broke: whoever waits for the answer hears it
+            self._upload = None
+        except Exception as exc:  # the client's side failed: raise it where the answer is awaited
             self._fail(exc)
 
-    # The answer, called by the connection and by the parser
+    # The answer, called by the connection and by httptools
 
     def feed(self, data: bytes) -> None:
-        assert self._parser
-        self._came = True
+        self.began = True
+        self._overhead += len(data)
+        if self._overhead > HEAD_LIMIT:
+            return self._fail(f"sent more than {HEAD_LIMIT} bytes of headers")
         try:
-            self._parser.feed(data)
-        except UpstreamError as exc:
+            self._parse(data)
+        except (httptools.HttpParserError, httptools.HttpParserUpgrade) as exc:
+            self._reusable = False  # garbage, perhaps behind a complete answer
             if not self.complete:
-                return self._fail(UpstreamError(f"Ollama at {self._upstream.url} {exc}"))
-            self._keep = False  # garbage behind a whole answer
+                self._fail(f"answered what is not HTTP: {exc}")
         if self.complete:
-            self._detach(reusable=self._keep and self._sent)
-        elif self._size > HIGH and not self._paused and self._connection:
-            self._paused = True
+            self.close()
+        elif self._size > HIGH and self._connection:
             self._connection.transport.pause_reading()
         self._wake()
 
-    def end(self, exc: Exception | None) -> None:
-        """Take the end of the connection; a clean one ends an answer that has no other end."""
-        if not exc and self._until_close:
-            self.complete = True
-            self._detach(reusable=False)
-            return self._wake()
-        error = BrokeOff(
-            f"Ollama at {self._upstream.url} broke off: {exc or 'it closed the connection'}"
-        )
-        error.begun = self._came
-        self._fail(error)
+    def _parse(self, data: bytes) -> None:
+        """Feed llhttp. It refuses some heads that Go takes: those are fed again, rewritten."""
+        if not self.status:
+            self._head += data
+        if not self._refused:
+            try:
+                self._parser.feed_data(data)
+            except httptools.HttpParserError:
+                self._refused = not self.status and self._head.startswith(b"HTTP/")
+                if not self._refused or self._error:
+                    raise
+        if self._refused and (rewritten := canonical(self._head)):
+            self._refused, self._parser = False, httptools.HttpResponseParser(self)
+            self._parser.feed_data(rewritten)
 
-    def on_head(self, status: int, headers: Headers) -> None:
-        """Take the head of the answer itself, not of a 1xx before it. Raises UpstreamError."""
-        framing = [pair for pair in headers if pair[0] in FRAMING]
-        codings = [value.lower() for name, value in framing if name == b"transfer-encoding"]
-        if status == 101 or not 100 <= status <= 599:
-            raise UpstreamError(f"answered the status {status}")
-        if codings not in ([], [b"chunked"]):
-            raise UpstreamError(f"answered in the coding {b', '.join(codings)!r}")
-        self.headers, self.status = headers, status
-        self._until_close = not framing
-        if self._bodiless:
-            self.on_complete(keep=True)
+    def on_message_begin(self) -> None:
+        self._reusable = False  # surplus, if the answer is complete
+        if not self.status:
+            self.headers = []
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        if not self.status:  # else it is a trailer
+            self.headers.append((name.lower(), value))
+
+    def on_headers_complete(self) -> None:
+        status = self._parser.get_status_code()
+        codings = [value.lower() for name, value in self.headers if name == CODING]
+        if self.status or 100 <= status < 200 and status != 101:
+            if self._continued and not self._continued.done():
+                self._continued.set_result(None)
+        elif status == 101 or not 100 <= status <= 599:
+            self._fail(f"answered with the status {status}")
+        elif codings and (codings != [b"chunked"] or self._parser.get_http_version() != "1.1"):
+            self._fail(f"answered in the coding {b', '.join(codings).decode('latin-1')!r}")
+        else:
+            self.status = status
+            if self._method == "HEAD":
+                self.on_message_complete()
 
     def on_body(self, data: bytes) -> None:
-        if self.complete:
-            self._keep = False  # a HEAD with a body
-        else:
-            self._chunks.append(data)
+        self._overhead = 0
+        self._reusable = False  # until the end has come; and it is the end of an answer to HEAD
+        if not self.complete:
+            self._pieces.append(data)
             self._size += len(data)
 
-    def on_complete(self, keep: bool) -> None:
-        self._keep = keep and (self._keep or not self.complete)
+    def on_message_complete(self) -> None:
+        if self.status and not self.complete:
+            self.complete, self._reusable = True, self._parser.should_keep_alive()
+
+    def end(self, exc: Exception | None) -> None:
+        """Take the end of the connection, which ends an answer without framing."""
+        if exc or not self.status or any(name in FRAMING for name, _ in self.headers):
+            return self._fail(f"broke off: {exc or 'it closed the connection'}")
         self.complete = True
+        self.close()
+        self._wake()
 
-    def on_surplus(self) -> None:
-        self._keep = False
-
-    # Waiting, and the way out
+    # Waiting
 
     async def _progress(self) -> None:
-        """Wait for something to happen. Raises what went wrong."""
+        """Wait for something to happen. Raises what went wrong before."""
         if self._error:
             raise self._error
         self._waiter = self._loop.create_future()
-        try:
-            await self._waiter
-        finally:
-            self._waiter = None
+        await self._waiter
 
     def _wake(self) -> None:
         if self._waiter and not self._waiter.done():
             self._waiter.set_result(None)
 
-    def _fail(self, exc: Exception) -> None:
-        self._error = self._error or exc
-        self._detach(reusable=False)
+    def _fail(self, error: Exception | str) -> None:
+        if isinstance(error, str):
+            error = UpstreamError(f"Ollama at {self._url} {error}")
+        self._error = self._error or error
+        self.close()
         self._wake()
 
-    def _detach(self, *, reusable: bool) -> None:
-        """Let go of the connection: it becomes idle, or is closed at once."""
-        connection, self._connection = self._connection, None
-        if self._parser:  # it refers to us: without this the collector had to find out
-            self._parser.drop()
-            self._parser = None
-        if self._pump:
-            self._pump.cancel()
-        if connection is None:
-            return
-        connection.answer = None
-        owner = connection.owner
-        if reusable and len(owner.idle) < IDLE and not connection.transport.is_closing():
-            owner.idle.append(connection)
-        else:
-            connection.transport.abort()
+
+async def in_chunks(body: AsyncIterable[bytes]) -> AsyncIterator[bytes]:
+    async for data in body:
+        if data:  # an empty chunk would be the last one
+            yield b"%x\r\n%s\r\n" % (len(data), data)
+    yield b"0\r\n\r\n"
 
 
-class Parser(Protocol):
-    def feed(self, data: bytes) -> None: ...
+def canonical(data: bytes) -> bytes:
+    """Return an answer with its head as llhttp takes it, b"" as long as the head is not complete.
 
-    def drop(self) -> None: ...
-
-
-def make_parser(answer: Answer, method: bytes) -> Parser:
-    return HttptoolsParser(answer) if httptools else H11Parser(answer, method)
-
-
-class HttptoolsParser:
-    """llhttp, which knows nothing of HEAD and of the end of a connection."""
-
-    def __init__(self, answer: Answer) -> None:
-        self._answer = answer
-        self._parser: Any = httptools.HttpResponseParser(self)
-        self._headers: Headers = []
-        self._size = 0
-        self._final = False
-
-    def feed(self, data: bytes) -> None:
-        if not self._final:
-            self._size += len(data)
-        try:
-            self._parser.feed_data(data)
-        except httptools.HttpParserUpgrade as exc:
-            raise UpstreamError("switched protocols, which nobody asked for") from exc
-        except httptools.HttpParserError as exc:
-            cause = exc.__context__
-            if isinstance(cause, UpstreamError):
-                raise cause from None
-            raise UpstreamError(f"answered what is no HTTP: {exc}") from exc
-        if not self._final and self._size > HEAD_LIMIT:
-            raise UpstreamError(f"answered with a head of more than {HEAD_LIMIT} bytes")
-
-    def drop(self) -> None:
-        self._parser = None
-
-    def on_message_begin(self) -> None:
-        if self._final:
-            self._answer.on_surplus()
-        self._headers = []
-
-    def on_header(self, name: bytes, value: bytes) -> None:
-        self._headers.append((name.lower(), value))
-
-    def on_headers_complete(self) -> None:
-        status = self._parser.get_status_code()
-        if self._final or (100 <= status < 200 and status != 101):
-            return
-        self._final = True
-        self._answer.on_head(status, self._headers)
-
-    def on_body(self, data: bytes) -> None:
-        self._answer.on_body(data)
-
-    def on_message_complete(self) -> None:
-        if self._final:
-            self._answer.on_complete(self._parser.should_keep_alive())
-
-
-class H11Parser:
-    """The parser that uvicorn always brings; it is told what was asked, so that it knows HEAD."""
-
-    def __init__(self, answer: Answer, method: bytes) -> None:
-        self._answer = answer
-        self._parser = h11.Connection(h11.CLIENT, max_incomplete_event_size=HEAD_LIMIT)
-        asked = method if method != b"CONNECT" else b"GET"
-        self._parser.send(h11.Request(method=asked, target="/", headers=[("host", "x")]))
-        self._parser.send(h11.EndOfMessage())
-
-    def feed(self, data: bytes) -> None:
-        try:
-            self._parser.receive_data(data)
-            while (event := self._parser.next_event()) not in (h11.NEED_DATA, h11.PAUSED):
-                self._take(event)
-        except h11.RemoteProtocolError as exc:
-            raise UpstreamError(f"answered what is no HTTP: {exc}") from exc
-        if self._parser.trailing_data[0] and self._parser.their_state in (h11.DONE, h11.MUST_CLOSE):
-            self._answer.on_surplus()
-
-    def drop(self) -> None:
-        """Nothing here refers to the parser."""
-
-    def _take(self, event: Any) -> None:
-        if isinstance(event, h11.Response):
-            self._answer.on_head(event.status_code, list(event.headers))
-        elif isinstance(event, h11.Data):
-            self._answer.on_body(bytes(event.data))
-        elif isinstance(event, h11.EndOfMessage):
-            self._answer.on_complete(self._parser.their_state is h11.DONE)
+    Go's net/http also takes lines that end in a bare LF, lines folded into several and a
+    Content-Length that is repeated with the same value.
+    """
+    end = HEAD_END.search(data)
+    if not end:
+        return b""
+    status, _, fields = data[: end.start() + 1].partition(b"\n")
+    lines = [status.rstrip(b"\r")]
+    for line in FOLD.sub(b" ", fields).split(b"\n")[:-1]:
+        name, colon, value = line.rstrip(b"\r").partition(b":")
+        if name.lower() == LENGTH:
+            name, value = LENGTH, value.strip(b" \t")
+        field = name + colon + value
+        if name != LENGTH or field not in lines:
+            lines.append(field)
+    return b"\r\n".join([*lines, b"", data[end.end() :]])

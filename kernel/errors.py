@@ -18,6 +18,8 @@ The kernel raises; the slice catches and decides what the client gets.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 
 class OSPError(Exception):
     """The root. `status` is what a client gets as long as nothing of an answer was sent."""
@@ -56,7 +58,14 @@ class PluginExecutionError(OSPError):
         self.outcome = outcome
 
 
-class Aborted(OSPError): ...
+class Aborted(OSPError):
+    """`headers` go to the client with the error."""
+
+    def __init__(
+        self, message: str, status: int = 500, headers: Sequence[tuple[bytes, bytes]] = ()
+    ) -> None:
+        super().__init__(message, status)
+        self.headers = list(headers)
 
 
 class BadRequest(OSPError):

@@ -2,25 +2,25 @@
 
 A line is an event and its fields: `key=value` for a person, one JSON object for a machine. No
 prompt, no key and no query string is ever a field; values are quoted, so that a header cannot
-forge a line. `AccessLog` is the outermost ASGI layer: it gives a request its id and its `Facts`,
-which everybody on the way may fill in, and in the end logs and counts them.
+forge a line. `AccessLog` is the outermost ASGI layer: it reads the headers once, gives the request
+its id and its `RequestInfo`, which the others fill in, and in the end logs and counts it.
 """
 
 from __future__ import annotations
 
-import asyncio
 import json
 import logging
+import os
 import re
 import sys
 import time
 from asyncio import CancelledError
-from collections.abc import Collection
-from contextlib import nullcontext, suppress
+from collections.abc import Awaitable, Callable, Collection, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from itertools import count
-from os import urandom
-from typing import Any, TextIO
+from json.encoder import encode_basestring_ascii
+from typing import Any
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -29,94 +29,168 @@ from kernel.metrics import Metrics
 
 logger = logging.getLogger(__name__)
 
+Headers = list[tuple[bytes, bytes]]
+Fields = Mapping[str, Any]
+Write = Callable[[Fields], None]  # writes the line of one request
+Line = Callable[[float, str, str, Fields], str]  # time, level, event, fields
+
 REQUEST_ID = re.compile(rb"[A-Za-z0-9._-]{1,64}")
 PLAIN = re.compile(r"[\w.:/;+-]+", re.ASCII)
-LONGEST = 500  # signs of a path or a model's name in the log: both are the client's
-PAUSE = 0.05  # seconds in which lines are gathered: to write each alone costs as much as to make it
+LONGEST = 500  # characters of a path or a model's name in the log: the client chooses both
 ENCODER = json.JSONEncoder(default=str)
-TAIL = 1024  # bytes at the end of an answer in which its counters stand
+TAIL = 1024  # Ollama's token counters are within the last bytes of an answer
+STOPPED = "the server stops"  # what a cancellation says that is not a client's leaving
+
+# RFC 9110 section 7.6.1, with the older names that Ollama's own proxy strips
+HOP_BY_HOP = frozenset(
+    b"connection proxy-connection keep-alive proxy-authenticate proxy-authorization te trailer"
+    b" transfer-encoding upgrade".split()
+)
+DROPPED = HOP_BY_HOP | {b"expect", b"host"}
+NOTED = frozenset((b"host", b"origin", b"connection", b"x-request-id", b"x-osp-agents"))
+ALONE = frozenset((b"", b"keep-alive", b"close"))  # in Connection: they name no header
 
 
 @dataclass(slots=True)
-class Facts:
-    """What is known of one request, in `scope["osp"]`."""
+class RequestInfo:
+    """One request, in `scope["osp"]`: its headers in one pass, and what became of it."""
 
     request_id: str
-    status: int = 0  # 0: nothing was answered
+    status: int = 0  # 0: the client left before an answer
     outcome: str = "ok"
     model: str = ""
-    agents: str = ""  # as X-OSP-Agents says it
+    agents: str = ""  # the text of X-OSP-Agents of the answer
     user: str = ""  # who sent the key: a digest of it
-    foreign: bool = False  # a web page sent it that Ollama would refuse: no agent for it
-    cors: list[tuple[bytes, bytes]] = field(default_factory=list)  # for answers of our own
+    foreign: bool = False  # sent by a web page that Ollama would refuse: no agent takes part
+    cors: Headers = field(default_factory=list)  # for answers of our own
+    relayed: bool = False  # the answer is Ollama's: no CORS headers of ours, and its tokens count
+    headers: Headers = field(default_factory=list)  # end to end, without Host: they go upstream
+    noted: dict[bytes, list[bytes]] = field(default_factory=dict)  # values of those in NOTED
+
+    def read(self, headers: Headers) -> None:
+        """Sort the request's headers."""
+        for pair in headers:
+            if pair[0] not in DROPPED and pair[0][:6] != b"x-osp-":
+                self.headers.append(pair)
+            if pair[0] in NOTED:
+                self.noted.setdefault(pair[0], []).append(pair[1])
+        if b"connection" in self.noted:
+            listed = b",".join(self.noted[b"connection"]).lower().replace(b" ", b"").split(b",")
+            if not ALONE.issuperset(listed):
+                self.headers = [pair for pair in self.headers if pair[0] not in listed]
+        for sent in self.noted.get(b"x-request-id", ()):
+            if REQUEST_ID.fullmatch(sent):
+                self.request_id = sent.decode()
+
+    @property
+    def host(self) -> str:
+        return b"".join(self.noted.get(b"host", ())).decode("latin-1")
+
+    @property
+    def origins(self) -> list[bytes]:
+        return self.noted.get(b"origin", [])
+
+    @property
+    def commands(self) -> str | None:
+        """The text of the X-OSP-Agents headers of the request."""
+        sent = self.noted.get(b"x-osp-agents")
+        return b" ".join(sent).decode(errors="replace") if sent else None
 
 
-def facts(scope: Scope) -> Facts:
-    """Return the facts of the request that `scope` describes."""
-    known = scope["osp"]
-    assert isinstance(known, Facts)
+def info(scope: Scope) -> RequestInfo:
+    """Return what is known of the request that `scope` describes."""
+    known: RequestInfo = scope["osp"]
     return known
 
 
-def cors_headers(scope: Scope) -> dict[str, str]:
-    """Return the CORS headers of an answer of our own, as Starlette's responses take them."""
-    return {name.decode(): value.decode("latin-1") for name, value in facts(scope).cors}
+def record(fields: Fields) -> None:
+    """Write the line of a request as a record of `logging`."""
+    logger.info("request", extra={"fields": fields})
 
 
 class AccessLog:
-    """Log and count every request; metrics name the paths in `routes`, all else is `other`."""
+    """Log and count every request; metrics name the paths in `routes`, all else is `other`.
 
-    def __init__(self, app: ASGIApp, metrics: Metrics, routes: Collection[str]) -> None:
+    A route may end in a parameter: `/v1/models/{name:path}` is its label, too. `write` writes the
+    line; a LogRecord would cost a fifth of what forwarding a request costs.
+    """
+
+    def __init__(
+        self,
+        app: ASGIApp,
+        routes: Collection[str],
+        write: Write = record,
+        *,
+        metrics: Metrics | None = None,
+    ) -> None:
         self.app = app
-        self.metrics = metrics
-        self.routes = frozenset(routes)
-        self._prefix = urandom(4).hex()
+        self.metrics = metrics or Metrics()
+        self.write = write
+        self.routes = {route: route for route in routes if "{" not in route}
+        self.prefixes = {route.partition("{")[0]: route for route in routes if "{" in route}
+        self._prefix = os.urandom(4).hex()
         self._count = count(1)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             return await self.app(scope, receive, send)
-        known = scope["osp"] = Facts(self.request_id(scope))
+        known = scope["osp"] = RequestInfo(f"{self._prefix}-{next(self._count)}")
+        known.read(scope["headers"])
         began, first = time.perf_counter(), 0.0
         head, tail = b"", b""
 
-        async def observed(message: Message) -> None:
+        def observed(message: Message) -> Awaitable[None]:
             nonlocal first, head, tail
             if message["type"] == "http.response.start":
                 first = time.perf_counter() - began
                 known.status = message["status"]
-                own = (b"x-request-id", known.request_id.encode())
-                message = {**message, "headers": [*message["headers"], own]}
-            elif body := message.get("body"):
+                message["headers"] = answer_headers(known, message["headers"])
+            elif known.relayed and (body := message.get("body")):
                 head = head or body[:TAIL]
-                tail = (tail + body[-TAIL:])[-TAIL:]
-            await send(message)
+                tail = body if len(body) >= TAIL else (tail + body)[-TAIL:]
+            return send(message)
 
         try:
             await self.app(scope, receive, observed)
         except ClientDisconnected:
             known.outcome = "client_closed"
+        except CancelledError as exc:  # the server cancels the request of a client that left
+            stopped = STOPPED in exc.args
+            known.outcome = "stopped" if stopped else "client_closed"
+            if stopped:
+                raise
         except BaseException as exc:
-            outcomes = {BrokenAnswer: "upstream_broke", CancelledError: "stopped"}
-            known.outcome = outcomes.get(type(exc), "failed")
+            known.outcome = "upstream_broke" if isinstance(exc, BrokenAnswer) else "failed"
             raise
         finally:
             seconds = time.perf_counter() - began
-            route = scope["path"] if scope["path"] in self.routes else "other"
-            self.metrics.request(route, known.status, seconds, first or seconds)
-            if known.status == 200:
+            self.metrics.request(self.route(scope["path"]), known.status, seconds, first or seconds)
+            if known.relayed and 200 <= known.status < 300:
                 self.metrics.tokens(head, tail)
-            log_request(scope, known, seconds)
+            if logger.isEnabledFor(logging.INFO):
+                self.write(line_of(scope, known, seconds))
 
-    def request_id(self, scope: Scope) -> str:
-        """Return the client's id where it is harmless, else one of our own."""
-        for name, value in scope["headers"]:
-            if name == b"x-request-id" and REQUEST_ID.fullmatch(value):
-                return str(value, "ascii")
-        return f"{self._prefix}-{next(self._count)}"
+    def route(self, path: str) -> str:
+        if path in self.routes:
+            return path
+        return next((r for start, r in self.prefixes.items() if path.startswith(start)), "other")
 
 
-def log_request(scope: Scope, known: Facts, seconds: float) -> None:
+def answer_headers(known: RequestInfo, headers: Headers) -> Headers:
+    """Return an answer's headers with the request's id, and with CORS where it is our own.
+
+    An id that Ollama sent stays.
+    """
+    request_id = (b"x-request-id", known.request_id.encode())
+    if not known.relayed:
+        return [*headers, *known.cors, request_id]
+    for name, _ in headers:
+        if name == b"x-request-id":
+            return headers
+    return [*headers, request_id]
+
+
+def line_of(scope: Scope, known: RequestInfo, seconds: float) -> dict[str, Any]:
     fields = {
         "request_id": known.request_id,
         "method": scope["method"],
@@ -125,74 +199,43 @@ def log_request(scope: Scope, known: Facts, seconds: float) -> None:
         "ms": round(seconds * 1000, 1),
         "outcome": known.outcome,
     }
-    if known.model:
-        fields["model"] = known.model = known.model[:LONGEST]
-    if known.agents:
-        fields["agents"] = known.agents
-    logger.info("request", extra={"fields": fields})
+    more = {"model": known.model[:LONGEST], "agents": known.agents}
+    return fields | {name: text for name, text in more.items() if text}
 
 
-class Handler(logging.StreamHandler[TextIO]):
-    """Writes a line at once, but what follows within `PAUSE` together; warnings never wait."""
+class Formatter(logging.Formatter):
+    """Makes a line of a record, as `text_line` or `json_line` has it."""
 
-    def __init__(self) -> None:
+    def __init__(self, line: Line) -> None:
         super().__init__()
-        self._records: list[logging.LogRecord] = []
-        self._written = 0.0
-        self._due = False
-
-    def emit(self, record: logging.LogRecord) -> None:
-        self._records.append(record)
-        if record.levelno > logging.INFO or record.created - self._written > PAUSE:
-            return self.flush()
-        if not self._due:
-            try:
-                asyncio.get_running_loop().call_later(PAUSE, self.flush)
-                self._due = True
-            except RuntimeError:  # a thread, or nothing runs any more
-                self.flush()
-
-    def flush(self) -> None:
-        with self.lock or nullcontext():
-            records, self._records = self._records, []
-            self._due, self._written = False, time.time()
-            lines = [self._line(record) for record in records]
-            with suppress(OSError, ValueError):  # nobody reads it any more
-                self.stream.write("".join(lines))
-                self.stream.flush()
-
-    def _line(self, record: logging.LogRecord) -> str:
-        try:
-            return self.format(record) + self.terminator
-        except Exception:  # an agent's line, say, with too few arguments: the others are written
-            self.handleError(record)
-            return ""
-
-
-class TextFormatter(logging.Formatter):
-    """One line for a person: time, level where it matters, event, `key=value`."""
+        self.line = line
 
     def format(self, record: logging.LogRecord) -> str:
-        level = "" if record.levelno == logging.INFO else f"{record.levelname.lower()}: "
-        fields = "".join(f" {key}={quoted(value)}" for key, value in fields_of(record).items())
-        event = record.getMessage().replace("\n", "\\n")
-        line = f"{self.formatTime(record, '%H:%M:%S')} {level}{event}{fields}"
-        return f"{line}\n{self.formatException(record.exc_info)}" if record.exc_info else line
-
-
-class JsonFormatter(logging.Formatter):
-    """One line for a machine: a JSON object."""
-
-    def format(self, record: logging.LogRecord) -> str:
-        line = {"time": round(record.created, 3), "level": record.levelname.lower()}
-        line |= {"event": record.getMessage(), **fields_of(record)}
+        fields = dict(getattr(record, "fields", {}))
         if record.exc_info:
-            line["exception"] = self.formatException(record.exc_info)
-        return ENCODER.encode(line)
+            fields["exception"] = self.formatException(record.exc_info)
+        return self.line(record.created, record.levelname.lower(), record.getMessage(), fields)
 
 
-def fields_of(record: logging.LogRecord) -> dict[str, Any]:
-    return getattr(record, "fields", {})
+def text_line(created: float, level: str, event: str, fields: Fields) -> str:
+    """Return a line for a person: time, level where it matters, event, `key=value`."""
+    clock = time.strftime("%H:%M:%S", time.localtime(created))
+    start = f"{clock} {event}" if level == "info" else f"{clock} {level}: {event}"
+    words = [f" {key}={quoted(fields[key])}" for key in fields if key != "exception"]
+    stack = f"\n{fields['exception']}" if "exception" in fields else ""
+    return start.replace("\n", "\\n") + "".join(words) + stack
+
+
+def json_line(created: float, level: str, event: str, fields: Fields) -> str:
+    """Return a line for a machine: one JSON object. JSONEncoder would take twice as long."""
+    more = "".join([f', "{name}": {as_json(value)}' for name, value in fields.items()])
+    return f'{{"time": {created:.3f}, "level": "{level}", "event": {as_json(event)}{more}}}'
+
+
+def as_json(value: object) -> str:
+    if type(value) is str:
+        return encode_basestring_ascii(value)
+    return str(value) if type(value) in (int, float) else ENCODER.encode(value)
 
 
 def quoted(value: object) -> str:
@@ -201,21 +244,25 @@ def quoted(value: object) -> str:
     return text if PLAIN.fullmatch(text) else json.dumps(text)
 
 
-def not_ours(record: logging.LogRecord) -> bool:
-    """Drop uvicorn's traceback for the connections that we break on purpose."""
-    ours = (BrokenAnswer, CancelledError)
-    return not (record.exc_info and isinstance(record.exc_info[1], ours))
+def configure(level: str, style: str) -> Write:
+    """Send everything to stderr, and return what writes the lines of requests there.
 
-
-def configure(level: str, style: str) -> None:
-    """Send everything to stderr; the caller is `main()`, because this is process-wide."""
+    The caller is `main()`, because this is process-wide.
+    """
     person = style == "text" or (style == "auto" and sys.stderr.isatty())
-    handler = Handler()
-    handler.setFormatter(TextFormatter() if person else JsonFormatter())
-    handler.addFilter(not_ours)
+    line, stderr = text_line if person else json_line, sys.stderr.fileno()
+    handler = logging.StreamHandler()
+    handler.setFormatter(Formatter(line))
     logging.basicConfig(level=level.upper(), handlers=[handler], force=True)
-    # What no line of ours says is not looked up (the logging HOWTO, "Optimization")
+    # Skip the look-ups of caller, thread and process: no format of ours prints them.
     logging._srcfile = None
     logging.logThreads = logging.logProcesses = logging.logMultiprocessing = False
     for name in ("uvicorn", "asyncio"):
         logging.getLogger(name).setLevel(max(logging.WARNING, logging.getLevelName(level.upper())))
+
+    def write(fields: Fields) -> None:
+        text = line(time.time(), "info", "request", fields)
+        with suppress(OSError):  # the other end is closed
+            os.write(stderr, f"{text}\n".encode())
+
+    return write

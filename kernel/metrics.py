@@ -8,55 +8,67 @@ from __future__ import annotations
 
 import json
 import re
+from bisect import bisect_left
 from collections import defaultdict
 from collections.abc import Iterator
+from itertools import accumulate
 
-HELP = {  # name: (type, what it says, labels)
+HELP = {  # name: (type, text, label)
     "osp_requests_total": ("counter", "Requests answered", ("route", "status")),
-    "osp_request_seconds": ("summary", "Time until the last byte", ("route",)),
-    "osp_first_byte_seconds": ("summary", "Time until the answer began", ("route",)),
+    "osp_request_seconds": ("histogram", "Time until the last byte", ("route",)),
+    "osp_first_byte_seconds": ("histogram", "Time until the answer began", ("route",)),
     "osp_tokens_total": ("counter", "Tokens, by Ollama's own count", ("model", "kind")),
     "osp_agents_activated_total": ("counter", "Requests in which an agent took part", ("agent",)),
     "osp_agent_failures_total": ("counter", "Hooks that failed", ("agent",)),
-    "osp_agent_seconds": ("summary", "Time spent in an agent's hooks", ("agent",)),
+    "osp_agent_seconds": ("histogram", "Time spent in an agent's hooks", ("agent",)),
 }
+BOUNDS = (0.005, 0.02, 0.1, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600)  # seconds
 
-# Ollama's own counters, as both dialects write them at the end of an answer: the last ones count.
-# A quote inside of the text of an answer is escaped, so that no text can look like them.
-PROMPT = re.compile(rb'(?s:.*)"(?:prompt_eval_count|prompt_tokens)":(\d{1,15})')
-ANSWER = re.compile(rb'(?s:.*)"(?:eval_count|completion_tokens)":(\d{1,15})')
+# Ollama's own counters, as every dialect writes them at the end of an answer: the last ones count.
+# A quote in the text of an answer is escaped, so that no text can look like them.
+PROMPT = (b'"prompt_eval_count":', b'"prompt_tokens":', b'"input_tokens":')
+ANSWER = (b'"eval_count":', b'"completion_tokens":', b'"output_tokens":')
+NUMBER = re.compile(rb"\d{1,15}")
 MODEL = re.compile(rb'"model":"([^"\\]{1,200})"')
-MODELS = 50  # a name is free text: without a limit every typo were a time series
+MODELS = 50  # limits the label's values; further models are counted as "other"
+
+Row = list[float]  # of a histogram: a count for each bound and for what is longer, and the sum
 
 
 class Metrics:
-    """Counters of one app, kept as {name: {label values: number}}."""
+    """Counters of one app, kept as {name: {label values: number or row}}."""
 
     def __init__(self) -> None:
-        self._numbers: dict[str, dict[tuple[str, ...], float]] = {
-            line: defaultdict(float) for name in HELP for line in lines_of(name)
-        }
+        self._numbers: dict[str, dict[tuple[str, ...], float]] = {}
+        self._rows: dict[str, dict[str, Row]] = {}
+        for name, (kind, _, _) in HELP.items():
+            if kind == "counter":
+                self._numbers[name] = defaultdict(float)
+            else:
+                self._rows[name] = defaultdict(lambda: [0.0] * (len(BOUNDS) + 2))
         self._models: set[str] = set()
 
     def request(self, route: str, status: int, seconds: float, first: float) -> None:
-        """Count one request; status 0 is one that nobody waited for."""
+        """Count one request; status 0 is one whose client left before an answer."""
         self._numbers["osp_requests_total"][route, str(status)] += 1
         self._observe("osp_request_seconds", route, seconds)
         self._observe("osp_first_byte_seconds", route, first)
 
     def tokens(self, head: bytes, tail: bytes) -> None:
-        """Count what Ollama says of an answer that begins with `head` and ends with `tail`."""
-        prompt, answer = PROMPT.match(tail), ANSWER.match(tail)
+        """Count the tokens of an answer of Ollama that begins with `head` and ends with `tail`."""
+        prompt, answer = last_number(tail, PROMPT), last_number(tail, ANSWER)
+        if prompt is None and answer is None:
+            return
         model = MODEL.search(head) or MODEL.search(tail)  # behind the vectors of an embedding
-        if not model or not (prompt or answer):
+        if not model:
             return
         name = model[1].decode(errors="replace")
         if len(self._models) < MODELS:
             self._models.add(name)
         label = name if name in self._models else "other"
         tokens = self._numbers["osp_tokens_total"]
-        tokens[label, "prompt"] += int(prompt[1]) if prompt else 0
-        tokens[label, "answer"] += int(answer[1]) if answer else 0
+        tokens[label, "prompt"] += prompt or 0
+        tokens[label, "answer"] += answer or 0
 
     def activated(self, agent: str) -> None:
         self._numbers["osp_agents_activated_total"][(agent,)] += 1
@@ -75,8 +87,9 @@ class Metrics:
         }
 
     def _observe(self, name: str, label: str, seconds: float) -> None:
-        self._numbers[f"{name}_sum"][(label,)] += seconds
-        self._numbers[f"{name}_count"][(label,)] += 1
+        row = self._rows[name][label]
+        row[bisect_left(BOUNDS, seconds)] += 1
+        row[-1] += seconds
 
     def text(self) -> str:
         """Return everything in the text format of Prometheus, version 0.0.4."""
@@ -86,14 +99,29 @@ class Metrics:
         for name, (kind, text, labels) in HELP.items():
             yield f"# HELP {name} {text}."
             yield f"# TYPE {name} {kind}"
-            for line in lines_of(name):
-                for values, number in self._numbers[line].items():
-                    # Of what JSON escapes, no label here has more than Prometheus escapes alike.
-                    said = [json.dumps(value, ensure_ascii=False) for value in values]
-                    pairs = ",".join(map("=".join, zip(labels, said, strict=True)))
-                    yield f"{line}{{{pairs}}} {number:.12g}"
+            for values, number in self._numbers.get(name, {}).items():
+                yield f"{name}{{{pairs(labels, values)}}} {number:.12g}"
+            for value, row in self._rows.get(name, {}).items():
+                yield from histogram(name, pairs(labels, (value,)), row)
 
 
-def lines_of(name: str) -> list[str]:
-    """Return the names under which a metric is counted: a summary is a sum and a count."""
-    return [f"{name}_sum", f"{name}_count"] if HELP[name][0] == "summary" else [name]
+def histogram(name: str, label: str, row: Row) -> Iterator[str]:
+    for bound, count in zip((*BOUNDS, "+Inf"), accumulate(row[:-1]), strict=True):
+        yield f'{name}_bucket{{{label},le="{bound}"}} {count:.12g}'
+    yield f"{name}_sum{{{label}}} {row[-1]:.12g}"
+    yield f"{name}_count{{{label}}} {sum(row[:-1]):.12g}"
+
+
+def pairs(labels: tuple[str, ...], values: tuple[str, ...]) -> str:
+    # Of what JSON escapes, no label here has more than Prometheus escapes alike.
+    quoted = [json.dumps(value, ensure_ascii=False) for value in values]
+    return ",".join(map("=".join, zip(labels, quoted, strict=True)))
+
+
+def last_number(text: bytes, keys: tuple[bytes, ...]) -> int | None:
+    """Return the number behind the last of the first key that `text` has."""
+    for key in keys:
+        if (at := text.rfind(key)) >= 0:
+            number = NUMBER.match(text, at + len(key))
+            return int(number[0]) if number else None
+    return None

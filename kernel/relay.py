@@ -1,158 +1,116 @@
 """Relay: carries a request to Ollama and its answer to the client, as both come.
 
-Nothing is collected on the way, and the upstream is closed on every way out: when the answer has
-ended, when the client leaves in whatever phase, when anything fails. An answer that the upstream
-breaks off is never ended as if it were whole.
-
-There is one consumer of `receive()` at a time: `Upload` reads the body, and when that is read
-`Watch` waits for the client's leaving, which nobody would notice otherwise.
+Nothing is collected on the way. The upstream is closed on every way out: when the answer has
+ended, when anything fails, when the client leaves, which cancels the task that runs the app. An
+answer that Ollama breaks off is never ended as if it were complete.
 """
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import AsyncIterator, Sequence
 from contextlib import aclosing
-from typing import Self
 
 from starlette.types import Receive, Scope, Send
 
 from kernel import dialects
 from kernel.client import OllamaClient
-from kernel.connection import Answer, Body, Headers
+from kernel.connection import FRAMING, Answer, Body, Headers
 from kernel.errors import BrokenAnswer, ClientDisconnected, OSPError, UpstreamError
-from kernel.log import facts
+from kernel.log import HOP_BY_HOP, info
 
-# RFC 9110 section 7.6.1, with the older names that Ollama's own proxy strips
-HOP_BY_HOP = frozenset(
-    b"connection proxy-connection keep-alive proxy-authenticate proxy-authorization te trailer"
-    b" transfer-encoding upgrade".split()
-)
+Extra = Sequence[tuple[bytes, bytes]]  # headers of the proxy's own
+
+ALONE = frozenset((b"", b"keep-alive", b"close"))  # in Connection: they name no header
+LENGTH = FRAMING[0]
 
 
 async def forward(
-    client: OllamaClient,
-    scope: Scope,
-    upload: Upload,
-    receive: Receive,
-    send: Send,
-    body: Body = None,
+    client: OllamaClient, scope: Scope, receive: Receive, send: Send, body: Body = None
 ) -> None:
     """Send the client's own request, or `body` in the place of its body, and relay the answer.
 
-    Raises UpstreamError as long as nothing was answered, and ClientDisconnected.
+    Raises UpstreamError as long as nothing was answered, then BrokenAnswer, and ClientDisconnected.
     """
-    target, headers = target_of(scope), request_headers(scope, client)
-    if body is not None:
-        headers = [pair for pair in headers if pair[0] != b"content-length"]
-    elif upload.expected:
-        body = await upload.at_once()
-    with Watch(receive, after=upload):
-        async with aclosing(await client.forward(scope["method"], target, headers, body)) as answer:
-            last = await relay(answer, send)
-    await send_end(send, last)
+    headers = request_headers(scope, client)
+    if body is None:
+        body = await Upload.of(scope, receive).begin()
+    else:
+        headers = [pair for pair in headers if pair[0] != LENGTH]
+    if isinstance(body, Upload) and body.expects_continue:
+        headers = [*headers, (b"expect", b"100-continue")]
+    target = target_of(scope)
+    async with aclosing(await client.forward(scope["method"], target, headers, body)) as answer:
+        await relay(answer, scope, send)
 
 
-async def relay(answer: Answer, send: Send, extra: Sequence[tuple[bytes, bytes]] = ()) -> bytes:
-    """Send an answer on as its bytes come, and return the last ones, which leave with its end.
-
-    Raises BrokenAnswer.
-    """
+async def relay(answer: Answer, scope: Scope, send: Send, extra: Extra = ()) -> None:
+    """Send an answer, with `extra` headers, as its bytes come, and its end. Raises BrokenAnswer."""
+    info(scope).relayed = True
     await start(send, answer.status, [*response_headers(answer), *extra])
     try:
         while chunk := await answer.read():
             if answer.complete:
-                return chunk
+                return await send_end(send, chunk)
             await send_chunk(send, chunk)
     except UpstreamError as exc:
         raise BrokenAnswer(str(exc)) from exc
-    return b""
+    await send_end(send)
 
 
 class Upload:
-    """The request's body: an async iterator of its bytes, or read at once up to a limit."""
+    """The body of a request: an async iterator of its pieces, or read up to a limit.
+
+    There is one for a request, because each message of `receive()` comes once.
+    """
 
     def __init__(self, scope: Scope, receive: Receive) -> None:
-        framing = (b"content-length", b"transfer-encoding")
-        self.expected = any(name in framing for name, _ in scope["headers"])
-        self.done = asyncio.Event()
+        headers = dict(scope["headers"])
         self._receive = receive
-        self._kept: list[bytes] = []
-        if not self.expected:
-            self.done.set()
+        self._pieces: list[bytes] = []  # received, not yet iterated over
+        self._done = self._absent = not any(name in headers for name in FRAMING)
+        self.expects_continue = headers.get(b"expect", b"").lower() == b"100-continue"
+
+    @classmethod
+    def of(cls, scope: Scope, receive: Receive) -> Upload:
+        """Return the upload of this request."""
+        upload = scope.get("osp.upload") or scope.setdefault("osp.upload", cls(scope, receive))
+        assert isinstance(upload, Upload)
+        return upload
 
     async def read(self, limit: int) -> bytes | None:
         """Return the whole body, or None if it is longer than `limit` bytes.
 
         Iterating afterwards still gives all of it. Raises ClientDisconnected.
         """
-        size = 0
-        while size <= limit and not self.done.is_set():
-            self._kept.append(await self._next())
-            size += len(self._kept[-1])
-        return b"".join(self._kept) if size <= limit else None
+        while not self._done and sum(map(len, self._pieces)) <= limit:
+            await self._next()
+        body = b"".join(self._pieces)
+        return body if len(body) <= limit else None
 
-    async def at_once(self) -> bytes | Self:
-        """Return the body as bytes where it came in one message, else this, to iterate over."""
-        if not self.done.is_set() and not self._kept:
-            self._kept.append(await self._next())
-        return b"".join(self._kept) if self.done.is_set() else self
+    async def begin(self) -> Body:
+        """Return the body as it is sent on: None, bytes if all is here, else this.
+
+        The first `receive()` tells a client that expects it to continue, so it is left to Ollama.
+        """
+        if not (self._done or self._pieces or self.expects_continue):
+            await self._next()
+        if self._absent:
+            return None
+        return b"".join(self._pieces) if self._done else self
 
     async def __aiter__(self) -> AsyncIterator[bytes]:
-        while self._kept:
-            yield self._kept.pop(0)
-        while not self.done.is_set():
-            if chunk := await self._next():
-                yield chunk
+        while self._pieces or not self._done:
+            if not self._pieces:
+                await self._next()
+            yield self._pieces.pop(0)
 
-    async def _next(self) -> bytes:
+    async def _next(self) -> None:
+        self.expects_continue = False
         message = await self._receive()
         if message["type"] == "http.disconnect":
             raise ClientDisconnected
-        if not message.get("more_body", False):
-            self.done.set()
-        return bytes(message.get("body", b""))
-
-
-class Watch:
-    """Cancel the block inside when the client leaves; it then ends with ClientDisconnected.
-
-    It waits until `after` is read, because only one may call `receive()`, and then a moment more:
-    most answers are there before it would begin, and they cost no task.
-    """
-
-    GRACE = 0.02  # seconds
-
-    def __init__(self, receive: Receive, after: Upload) -> None:
-        self._receive = receive
-        self._after = after
-        self._left = False
-        self._watcher: asyncio.Task[None] | None = None
-
-    def __enter__(self) -> Self:
-        self._block = asyncio.current_task()
-        self._timer = asyncio.get_running_loop().call_later(self.GRACE, self._begin)
-        return self
-
-    def _begin(self) -> None:
-        self._watcher = asyncio.create_task(self._watch())
-
-    async def _watch(self) -> None:
-        await self._after.done.wait()
-        while (await self._receive())["type"] != "http.disconnect":
-            pass
-        self._left = True
-        assert self._block
-        self._block.cancel()
-
-    def __exit__(self, kind: object, exc: BaseException | None, traceback: object) -> None:
-        # Nothing is awaited here, so a cancel of ours has always arrived inside the block.
-        self._timer.cancel()
-        if self._watcher:
-            self._watcher.cancel()
-        if self._left and self._block and isinstance(exc, asyncio.CancelledError):
-            if self._block.uncancel() == 0:  # and nobody else cancelled it, too
-                raise ClientDisconnected from exc
+        self._done = not message.get("more_body", False)
+        self._pieces.append(bytes(message.get("body", b"")))
 
 
 def target_of(scope: Scope) -> bytes:
@@ -162,34 +120,32 @@ def target_of(scope: Scope) -> bytes:
 
 
 def request_headers(scope: Scope, client: OllamaClient) -> Headers:
-    """Return the headers that go upstream: the client's own, less Host and the hop-by-hop ones.
+    """Return the headers that go upstream: the client's own, less those that end here.
 
-    `Expect` was answered here. A page of our own origin is one of Ollama's own origin to Ollama.
+    A page of the proxy's own origin becomes one of Ollama's own origin.
     """
-    dropped = ends_here(scope["headers"]) | {b"host", b"expect"}
-    kept = [pair for pair in scope["headers"] if pair[0] not in dropped]
-    if not any(name == b"origin" for name, _ in kept):
-        return kept
-    host = next((value for name, value in scope["headers"] if name == b"host"), b"")
-    ours = {b"http://" + host, b"https://" + host}
+    request = info(scope)
+    if not request.origins:
+        return request.headers
+    own = {f"{scheme}://{request.host}".encode("latin-1") for scheme in ("http", "https")}
     theirs = f"{client.upstream.scheme}://{client.upstream.authority}".encode()
     return [
-        (name, theirs if name == b"origin" and value in ours else value) for name, value in kept
+        (name, theirs if name == b"origin" and value in own else value)
+        for name, value in request.headers
     ]
 
 
 def response_headers(answer: Answer) -> Headers:
     """Return the headers that go to the client: Ollama's own, less the hop-by-hop ones."""
-    dropped = ends_here(answer.headers)
-    if answer.status in (204, 304) or answer.header(b"transfer-encoding"):
-        dropped |= {b"content-length"}  # it is not the body's: uvicorn would take it for that
-    return [pair for pair in answer.headers if pair[0] not in dropped]
-
-
-def ends_here(headers: Headers) -> frozenset[bytes]:
-    """Return the names of hop-by-hop headers: the known ones and those that `Connection` lists."""
-    listed = [value for name, value in headers if name == b"connection"]
-    return HOP_BY_HOP.union(*(value.lower().replace(b" ", b"").split(b",") for value in listed))
+    kept, listed = [], [LENGTH] if answer.status in (204, 304) else []  # they have no body
+    for pair in answer.headers:
+        if pair[0] not in HOP_BY_HOP:
+            kept.append(pair)
+        elif pair[0] == b"connection":
+            listed += pair[1].lower().replace(b" ", b"").split(b",")
+    if ALONE.issuperset(listed):
+        return kept
+    return [pair for pair in kept if pair[0] not in listed]
 
 
 async def start(send: Send, status: int, headers: Headers) -> None:
@@ -205,17 +161,14 @@ async def send_end(send: Send, chunk: bytes = b"") -> None:
 
 
 async def respond(scope: Scope, send: Send, status: int, headers: Headers, body: bytes) -> None:
-    """Send an answer of our own, with the CORS headers that Ollama would have given."""
-    length = (b"content-length", b"%d" % len(body))
-    await start(send, status, [*headers, length, *facts(scope).cors])
+    """Send an answer of the proxy's own."""
+    await start(send, status, [*headers, (LENGTH, b"%d" % len(body))])
     await send_end(send, body)
 
 
-async def refuse(
-    scope: Scope, send: Send, exc: OSPError, extra: Sequence[tuple[bytes, bytes]] = ()
-) -> None:
+async def refuse(scope: Scope, send: Send, exc: OSPError, extra: Extra = ()) -> None:
     """Send an error in the dialect of the path."""
     if isinstance(exc, UpstreamError):
-        facts(scope).outcome = "upstream_failed"
+        info(scope).outcome = "upstream_failed"
     content_type, body = dialects.error(scope["path"], exc.status, str(exc))
     await respond(scope, send, exc.status, [(b"content-type", content_type), *extra], body)

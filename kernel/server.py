@@ -1,18 +1,17 @@
-"""Server: the listening side, on uvicorn, for `osp.py`, the tests and the bench.
+"""Server: what uvicorn is told, and the socket that it listens on.
 
-A request that offers an upgrade (`Upgrade: h2c`, as Java's client does with every POST) is served
-as if it had not. h11 does so by itself; httptools stops behind the head and uvicorn loses the body,
-so `Protocol` goes on with a new parser, which is told the framing and then reads the rest.
+uvicorn brings the life of a server: lifespan, signals and the loop. A connection is a
+`downstream.Protocol`.
 """
 
 from __future__ import annotations
 
 import asyncio
 import gc
-import os
+import logging
 import signal
 import socket
-from collections.abc import Sequence
+from collections.abc import Awaitable, Sequence
 from types import FrameType
 from typing import Any
 
@@ -21,43 +20,58 @@ from starlette.routing import Route, Router
 from starlette.types import Receive, Scope, Send
 
 from kernel.access import is_mine
-from kernel.config import Upstream
+from kernel.address import Upstream
+from kernel.connection import probe
+from kernel.downstream import Protocol
 from kernel.errors import ConfigError
+from kernel.log import STOPPED
+
+logger = logging.getLogger(__name__)
 
 SETTINGS: dict[str, Any] = {
+    "http": Protocol,
     "lifespan": "on",  # auto would hide what goes wrong in it
+    "ws": "none",
     "log_config": None,
     "access_log": False,
     "server_header": False,
     "date_header": False,
     "proxy_headers": False,
-    "ws": "none",
-    "timeout_keep_alive": 75,  # clients keep connections longer than uvicorn's 5 seconds
-    "h11_max_incomplete_event_size": 2**20,  # Go takes headers of a megabyte, too
 }
 
 
 class Server(uvicorn.Server):
-    """uvicorn, but a signal that was obeyed is not raised again, and a second one ends it all.
-
-    SIGHUP reloads: it calls what the app's lifespan yields as `reload`. But where it means that the
-    terminal was closed from which the proxy was started, it stops.
-    """
+    """uvicorn, but a signal that was obeyed is not raised again, and a second one ends it all."""
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        if hasattr(signal, "SIGHUP"):
-            started_by_hand = os.isatty(0)
-            loop = asyncio.get_running_loop()
-            loop.add_signal_handler(signal.SIGHUP, self._hang_up, started_by_hand)
+        hang_up = getattr(signal, "SIGHUP", None)  # the terminal was closed
+        if hang_up and signal.getsignal(hang_up) is signal.SIG_DFL:  # and it is no `nohup`
+            asyncio.get_running_loop().add_signal_handler(hang_up, self.handle_exit, hang_up, None)
         await super().startup(sockets)
         gc.collect()
-        gc.freeze()  # what is here now stays: no collection need look at it again
+        gc.freeze()  # the collector skips what the start has made
 
-    def _hang_up(self, started_by_hand: bool) -> None:
-        if started_by_hand and not os.isatty(0):
-            return self.handle_exit(signal.SIGHUP, None)
-        if reload := self.lifespan.state.get("reload"):  # else it is about to be loaded
-            self._reloading = asyncio.create_task(reload())
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """Let open answers end for `timeout_graceful_shutdown` seconds, then break them off."""
+        for listener in self.servers:
+            listener.close()
+        connections: set[Any] = self.server_state.connections
+        for connection in list(connections):
+            connection.shutdown()
+        seconds = self.config.timeout_graceful_shutdown or 0
+        if open_answers := sum(1 for connection in connections if connection.cycle):
+            fields = {"open_answers": open_answers, "seconds": seconds}
+            logger.info("stopping, open answers may end", extra={"fields": fields})
+        loop = asyncio.get_running_loop()
+        end = loop.time() + seconds
+        while connections and loop.time() < end:  # noqa: ASYNC110 (a plain set tells nobody)
+            await asyncio.sleep(0.02)
+        late = [connection.cycle.task for connection in connections if connection.cycle]
+        for task in late:
+            task.cancel(STOPPED)
+        if late:
+            await asyncio.wait(late, timeout=1)
+        await self.lifespan.shutdown()
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         if self.should_exit:
@@ -74,23 +88,44 @@ class Paths(Router):
         plain = [route for route in routes if not route.methods and not route.param_convertors]
         self._apps = {route.path: route.app for route in plain}
 
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+    def __call__(self, scope: Scope, receive: Receive, send: Send) -> Awaitable[None]:  # type: ignore[override]
         app = self._apps.get(scope["path"]) if scope["type"] == "http" else None
-        await (app or super().__call__)(scope, receive, send)
+        return (app or super().__call__)(scope, receive, send)
 
 
 def listen(host: str, port: int) -> socket.socket:
-    """Return a socket that is bound to the address. Raises ConfigError."""
+    """Return a socket that is bound to the address, in any form that OLLAMA_HOST takes.
+
+    An empty host and `::` are every address of both families; of a name's addresses the first
+    IPv4 one counts, as in Go. Raises ConfigError.
+    """
+    name = host.strip().strip("\"'").strip("[]")
     try:
-        family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-        listener = socket.create_server(address[:2], family=family, backlog=2048)
-    except OSError as exc:
-        text = f"cannot listen on {host}:{port}: {exc.strerror or exc}; --port takes another one"
+        if name in ("", "::") and socket.has_dualstack_ipv6():
+            listener = socket.create_server(
+                ("::", port), family=socket.AF_INET6, backlog=2048, dualstack_ipv6=True
+            )
+        else:
+            found = socket.getaddrinfo(name or "0.0.0.0", port, type=socket.SOCK_STREAM)
+            family, _, _, _, address = min(found, key=lambda info: info[0] != socket.AF_INET)
+            listener = socket.create_server(address, family=family, backlog=2048)
+    except (OSError, UnicodeError) as exc:
+        why = getattr(exc, "strerror", None) or exc
+        text = f"cannot listen on {host}:{port}: {why}; --port takes another one"
         raise ConfigError(text) from exc
-    # What it accepts has it, too. asyncio sets it only where a socket's `proto` says TCP, and
-    # without it the last bytes of an answer wait for the client's acknowledgement, some 40 ms.
-    listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    tune(listener)
     return listener
+
+
+def tune(listener: socket.socket) -> None:
+    """Set what the accepted sockets inherit.
+
+    Without probes a NAT forgets a connection on which nothing is said while a model loads. Without
+    TCP_NODELAY the last bytes of an answer wait some 40 ms for the client's acknowledgement;
+    asyncio sets it only where a socket's `proto` says TCP.
+    """
+    listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    probe(listener)
 
 
 def url_of(listener: socket.socket) -> str:
@@ -108,113 +143,3 @@ def check_loop(listener: socket.socket, upstream: Upstream) -> None:
     everywhere = host in ("0.0.0.0", "::") and any(map(is_mine, map(str, theirs)))
     if port == upstream.port and (host in theirs or everywhere):
         raise ConfigError(f"upstream.url: {upstream.url} is this proxy itself, it must be Ollama")
-
-
-try:
-    import httptools
-    from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
-except ImportError:
-    SETTINGS["http"] = "h11"
-else:
-
-    class Protocol(HttpToolsProtocol):
-        """uvicorn's connection on httptools, which takes no upgrade."""
-
-        transport: Any
-
-        def connection_made(self, transport: Any) -> None:
-            super().connection_made(transport)
-            self.transport = Held(transport, self.loop)
-
-        def data_received(self, data: bytes) -> None:
-            self._unset_keepalive_if_required()
-            try:
-                self._feed(data)
-            except httptools.HttpParserError:
-                self.send_400_response("400 Bad Request")  # as Go says it
-
-        def _feed(self, data: bytes) -> None:
-            try:
-                self.parser.feed_data(data)
-            except httptools.HttpParserUpgrade as offered:
-                self.parser = httptools.HttpRequestParser(Rest(self))
-                head = b"POST / HTTP/1.1\r\n%s\r\n" % self._framing()
-                self._feed(head + data[offered.args[0] :])
-
-        def on_headers_complete(self) -> None:
-            """Keep the bytes of the target, as h11 does; uvicorn drops what it does not use."""
-            self.transport.hold()
-            super().on_headers_complete()
-            path, _, query = self.url.partition(b"?")
-            self.scope["raw_path"], self.scope["query_string"] = path, query
-
-        def on_message_complete(self) -> None:
-            if not (self.parser.should_upgrade() and self._framing()):  # else its body comes yet
-                super().on_message_complete()
-
-        def _framing(self) -> bytes:
-            names = (b"content-length", b"transfer-encoding")
-            return b"".join(b"%s: %s\r\n" % pair for pair in self.headers if pair[0] in names)
-
-    class Held:
-        """A transport that keeps the head of an answer until the body comes, in the same round of
-        the loop or not: uvicorn writes both alone, and each time the client would be woken."""
-
-        def __init__(self, transport: asyncio.Transport, loop: asyncio.AbstractEventLoop) -> None:
-            self._transport = transport
-            self._loop = loop
-            self._next = False  # the next bytes are a head
-            self._head = b""
-            self.is_closing = transport.is_closing
-
-        def hold(self) -> None:
-            self._next = True
-
-        def write(self, data: bytes) -> None:
-            if self._next:
-                self._next, self._head = False, self._head + data
-                self._loop.call_soon(self._flush)
-            elif self._head:
-                head, self._head = self._head, b""
-                self._transport.write(head + data)
-            else:
-                self._transport.write(data)
-
-        def _flush(self) -> None:
-            if self._head and not self.is_closing():
-                self.write(b"")
-
-        def close(self) -> None:
-            self._flush()
-            self._transport.close()
-
-        def __getattr__(self, name: str) -> Any:
-            return getattr(self._transport, name)
-
-    class Rest:
-        """What the second parser calls: its first head is made up, all else is the connection's."""
-
-        def __init__(self, protocol: Protocol) -> None:
-            self._protocol = protocol
-            self._heads = 0
-            self.on_body = protocol.on_body
-            self.on_message_complete = protocol.on_message_complete
-
-        def on_message_begin(self) -> None:
-            self._heads += 1
-            if self._heads > 1:
-                self._protocol.on_message_begin()
-
-        def on_url(self, url: bytes) -> None:
-            if self._heads > 1:
-                self._protocol.on_url(url)
-
-        def on_header(self, name: bytes, value: bytes) -> None:
-            if self._heads > 1:
-                self._protocol.on_header(name, value)
-
-        def on_headers_complete(self) -> None:
-            if self._heads > 1:
-                self._protocol.on_headers_complete()
-
-    SETTINGS["http"] = Protocol

@@ -1,4 +1,7 @@
-"""Health: GET /health, 200 when Ollama answers and 503 when it does not, with the facts."""
+"""Health: GET /health, 200 when Ollama answers and 503 when it does not, and what runs here.
+
+`GET /health?live` is 200 while the proxy serves, whatever Ollama does.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +14,6 @@ from starlette.routing import Route
 
 from kernel.client import OllamaClient
 from kernel.errors import UpstreamError
-from kernel.log import cors_headers
 from kernel.plugin import loaded
 from kernel.registry import PluginRegistry
 
@@ -25,6 +27,8 @@ async def health(
     client: OllamaClient, registry: PluginRegistry, started: float, request: Request
 ) -> JSONResponse:
     """Return status, upstream (url, version, latency in milliseconds), agents, uptime (seconds)."""
+    if "live" in request.query_params:
+        return JSONResponse({"status": "ok"})
     upstream: dict[str, object] = {"url": client.upstream.url}
     began = time.perf_counter()
     try:
@@ -39,4 +43,4 @@ async def health(
         "uptime": round(time.monotonic() - started, 1),
     }
     status = 503 if "error" in upstream else 200
-    return JSONResponse(body, status, headers=cors_headers(request.scope))
+    return JSONResponse(body, status)

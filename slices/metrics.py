@@ -8,7 +8,6 @@ from starlette.requests import Request
 from starlette.responses import PlainTextResponse
 from starlette.routing import Route
 
-from kernel.log import cors_headers
 from kernel.metrics import Metrics
 
 
@@ -18,5 +17,4 @@ def routes(collector: Metrics) -> list[Route]:
 
 async def metrics(collector: Metrics, request: Request) -> PlainTextResponse:
     media_type = "text/plain; version=0.0.4"
-    headers = cors_headers(request.scope)
-    return PlainTextResponse(collector.text(), media_type=media_type, headers=headers)
+    return PlainTextResponse(collector.text(), media_type=media_type)

@@ -14,7 +14,7 @@ from pathlib import Path
 import anyio
 import pytest
 
-from tests.support import done, line, turn, write_agent
+from tests.support import done, event, line, turn, write_agent
 from tests.test_faults import (
     CHUNKED,
     EMPTY,
@@ -336,13 +336,14 @@ async def test_streams_leave_no_task_behind_whether_they_end_or_are_left(tmp_pat
 
     async def serve(reader: Reader, writer: Writer, head: bytes) -> None:
         arrived.append(await body_after(reader, head))
-        writer.write(HEAD + b"%x\r\n%s\r\n" % (len(line("a")), line("a")))
+        frame, end = (event("a"), event(None, "stop")) if b"/v1/" in head else (line("a"), done())
+        writer.write(HEAD + b"%x\r\n%s\r\n" % (len(frame), frame))
         leaving = asyncio.create_task(reader.read())
         going = asyncio.create_task(go.wait())
         await asyncio.wait({leaving, going}, return_when=asyncio.FIRST_COMPLETED)
         leaving.cancel()
         going.cancel()
-        writer.write(b"%x\r\n%s\r\n0\r\n\r\n" % (len(done()), done()))
+        writer.write(b"%x\r\n%s\r\n0\r\n\r\n" % (len(end), end))
         writer.close()
 
     async with built(tmp_path, shouts=SHOUTS) as house:
@@ -350,7 +351,7 @@ async def test_streams_leave_no_task_behind_whether_they_end_or_are_left(tmp_pat
 
         async def chat(nth: int) -> None:
             async with connection(house.url) as (reader, writer):
-                body = json.dumps(turn("/shouts x" if nth % 8 < 4 else "x")).encode()
+                body = json.dumps(turn("/shouts x" if nth % 8 < 4 else "x", stream=True)).encode()
                 writer.write(head_of(paths[nth % 4], "length", len(body)) + body)
                 head = await reader.readuntil(b"\r\n\r\n")
                 if nth % 10 >= 3:

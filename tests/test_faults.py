@@ -46,6 +46,8 @@ SAFE: list[Call] = [
     ("POST", "/api/generate", BODY),
     ("POST", "/api/embed", BODY),
     ("POST", "/api/show", BODY),
+    ("POST", "/v1/messages?beta=true", BODY),
+    ("POST", "/v1/responses", BODY),
 ]
 ONCE: list[Call] = [
     ("POST", "/api/pull", BODY),
@@ -341,23 +343,28 @@ BREAKS = {
 }
 
 
+@pytest.mark.parametrize("how", [close, reset])
 @pytest.mark.parametrize("at", BREAKS)
 @pytest.mark.parametrize("kind", REQUESTS)
-async def test_a_reset_is_a_502_or_a_broken_connection_and_never_an_end(
-    house: House, kind: str, at: str
+async def test_breaking_off_is_a_502_or_a_broken_connection_and_never_an_end(
+    house: House, kind: str, at: str, how: Callable[[Writer], None]
 ) -> None:
+    if at == "in a body without any" and how is close:
+        return  # this is its end
     path, body = REQUESTS[kind]
     begin = BREAKS[at].replace(b"%s", stream_type(path))
     seen = asyncio.Event()
-    whole = "agent" in kind and at == "in a whole answer"
-    headless = whole or b"\r\n\r\n" not in begin
+    # The head of an answer that agents edit leaves with its first frame.
+    framed = b"{}\n" in begin and not path.startswith("/v1/")
+    waits = "agent" in kind and not framed
+    headless = waits or b"\r\n\r\n" not in begin
 
     async def serve(reader: Reader, writer: Writer, head: bytes) -> None:
         await body_after(reader, head)
         writer.write(begin)
         if not headless:
             await seen.wait()
-        reset(writer)
+        how(writer)
 
     house.serve = serve
     with anyio.fail_after(LIMIT):
@@ -386,6 +393,20 @@ NONSENSE = {
     "the same in two lines": STATUS
     + b"Transfer-Encoding: gzip\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n",
     "a header without a name": STATUS + b": x\r\nContent-Length: 0\r\n\r\n",
+    "a length, then chunks": STATUS + b"Content-Length: 2\r\n" + CHUNKED + b"2\r\nok\r\n0\r\n\r\n",
+    "chunks, then a length": STATUS
+    + CHUNKED[:-2]
+    + b"Content-Length: 2\r\n\r\n2\r\nok\r\n0\r\n\r\n",
+    "two lengths, bare LF": b"HTTP/1.1 200 OK\nContent-Length: 2\nContent-Length: 3\n\nok!",
+    "a length and chunks, bare LF": STATUS
+    + b"Content-Length: 2\nTransfer-Encoding:\n chunked\n\nok",
+    "chunks in HTTP/1.0": b"HTTP/1.0 200 OK\r\n" + CHUNKED + b"2\r\nok\r\n0\r\n\r\n",
+    "a folded status line": b"HTTP/1.1 200 OK\r\n X: 1\r\nContent-Length: 2\r\n\r\nok",
+    "a space before the colon": STATUS + b"Content-Length : 2\r\n\r\nok",
+    "a head over a megabyte": STATUS + b"X-Big: %s\r\n\r\n" % (b"x" * MEGABYTE),
+    "headers without end": STATUS + b"X-Many: x\r\n" * 100_000,
+    "hints without end": b"HTTP/1.1 103 Early Hints\r\n\r\n" * 50_000,
+    "a line without end": STATUS + b"x" * 2 * MEGABYTE,
 }
 
 
@@ -434,6 +455,10 @@ ODD = {
     "chunks with extensions": STATUS + CHUNKED + b'1;a="b"\r\no\r\n01\r\nk\r\n0;c\r\n\r\n',
     "a head of 200 kB": STATUS + b"X-Big: %s\r\nContent-Length: 2\r\n\r\nok" % (b"x" * 200_000),
     "2000 headers": STATUS + MANY + b"Content-Length: 2\r\n\r\nok",
+    "bare LF": b"HTTP/1.1 200 OK\nX-A: b\nContent-Length: 2\n\nok",
+    "bare LF, until it closes": b"HTTP/1.1 200 OK\n\nok",
+    "a folded header": STATUS + b"X-A: b\r\n c\r\n\td\r\nContent-Length:\r\n 2\r\n\r\nok",
+    "equal lengths": STATUS + b"Content-Length: 2\r\ncontent-length:  2\r\n\r\nok",
     "no reason": b"HTTP/1.1 200\r\nContent-Length: 2\r\n\r\nok",
     "HTTP/1.0": b"HTTP/1.0 200 OK\r\nContent-Length: 2\r\n\r\nok",
     "an end by closing": STATUS + b"X-A: b\r\n\r\nok",
@@ -451,7 +476,7 @@ async def test_odd_answers_arrive_whole_and_the_next_request_works(
     async def serve(reader: Reader, writer: Writer, head: bytes) -> None:
         await body_after(reader, head)
         writer.write(ODD[odd])
-        if odd in ("HTTP/1.0", "an end by closing"):
+        if odd in ("HTTP/1.0", "an end by closing", "bare LF, until it closes"):
             writer.close()
 
     house.serve = serve
@@ -461,26 +486,12 @@ async def test_odd_answers_arrive_whole_and_the_next_request_works(
             head, content = await answer_of(reader)
 
             assert head.startswith(b"HTTP/1.1 200 ") and content == b"ok"
+            assert fields_of(head).get(b"content-length", b"2") == b"2"
+            assert b"x-sum: " not in head.lower()
             assert head.lower().count(b"x-many: ") == ODD[odd].count(b"X-Many: ")
             assert (
                 len(fields_of(head).get(b"x-big", b"")) == ODD[odd].count(b"x" * 200_000) * 200_000
             )
-
-
-async def test_an_answer_with_a_length_and_chunks_has_one_framing_or_is_refused(
-    house: House,
-) -> None:
-    async def serve(reader: Reader, writer: Writer, head: bytes) -> None:
-        writer.write(STATUS + b"Content-Length: 1\r\n" + CHUNKED + b"2\r\nok\r\n0\r\n\r\n")
-
-    house.serve = serve
-    async with connection(house.url) as (reader, writer):
-        for _ in range(2):
-            writer.write(b"GET /x HTTP/1.1\r\nHost: localhost\r\n\r\n")
-            head, body = await answer_of(reader)
-
-            assert not {b"content-length", b"transfer-encoding"} <= set(fields_of(head))
-            assert body == b"ok" or head.startswith(b"HTTP/1.1 502 ")
 
 
 @pytest.mark.parametrize(
@@ -491,6 +502,7 @@ async def test_an_answer_with_a_length_and_chunks_has_one_framing_or_is_refused(
         ("HEAD", b"HTTP/1.1 404 Not Found\r\nContent-Length: 7\r\n\r\n", b"7"),
         ("GET", b"HTTP/1.1 204 No Content\r\n\r\n", None),
         ("GET", b"HTTP/1.1 304 Not Modified\r\nETag: x\r\n\r\n", None),
+        ("GET", b"HTTP/1.1 304 Not Modified\r\nContent-Length: 7\r\n\r\n", None),
         ("GET", EMPTY, b"0"),
     ],
 )
@@ -516,7 +528,8 @@ async def test_bodiless_answers_keep_both_connections(
     assert len(peers) == 1
 
 
-@pytest.mark.parametrize("kind", REQUESTS)
+# Without `stream` the edited answer of the last one is whole, and leaves when all of it has come.
+@pytest.mark.parametrize("kind", [kind for kind in REQUESTS if kind != "openai with an agent"])
 async def test_an_answer_that_pauses_behind_its_head_is_waited_for(house: House, kind: str) -> None:
     path, body = REQUESTS[kind]
     seen = asyncio.Event()

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import io
 import json
 import logging
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ import anyio
 import httpx
 import pytest
 
-from kernel.log import Handler, JsonFormatter, TextFormatter
+from kernel.log import Formatter, configure, json_line, text_line
 from tests.support import FakeOllama, done, line, running, turn, write_agent
 
 ECHO = """
@@ -35,7 +35,7 @@ def requests(caplog: pytest.LogCaptureFixture) -> list[dict[str, Any]]:
 
 
 def formatted(caplog: pytest.LogCaptureFixture) -> str:
-    formatters = (TextFormatter(), JsonFormatter())
+    formatters = (Formatter(text_line), Formatter(json_line))
     return "\n".join(f.format(record) for f in formatters for record in caplog.records)
 
 
@@ -116,6 +116,17 @@ async def test_any_other_request_id_is_replaced(
     assert made.replace("-", "").isalnum()
 
 
+async def test_the_id_that_ollama_sends_stays_alone(
+    ollama: FakeOllama, ollama_url: str, plugins: Path
+) -> None:
+    ollama.answers(b"{}", headers=[("x-request-id", "theirs")])
+
+    async with running(ollama_url, plugins) as client:
+        for path in ("/api/tags", "/api/chat"):
+            answer = await client.post(path, json=turn("x"))
+            assert answer.headers.get_list("x-request-id") == ["theirs"]
+
+
 async def test_our_own_answers_and_refusals_have_a_request_id(demo_url: str, plugins: Path) -> None:
     async with running(demo_url, plugins, access={"deny": ["/api/pull"]}) as client:
         for path, host in (
@@ -138,7 +149,7 @@ async def test_what_a_client_sends_cannot_forge_a_line(
 
     assert requests(caplog)[0]["path"] == f"/a{forged}"
     assert requests(caplog)[1]["model"] == f"m{forged}"
-    for formatter in (TextFormatter(), JsonFormatter()):
+    for formatter in (Formatter(text_line), Formatter(json_line)):
         for record in caplog.records:
             assert formatter.format(record).isprintable()
 
@@ -210,17 +221,17 @@ def record(message: str, level: int = logging.INFO, **fields: Any) -> logging.Lo
     ],
 )
 def test_for_a_person_a_value_is_one_word(value: object, shown: str) -> None:
-    text = TextFormatter().format(record("event", a=value, b=1))
+    text = Formatter(text_line).format(record("event", a=value, b=1))
 
     assert text[8:] == f" event a={shown} b=1"
 
 
 def test_for_a_person_the_level_is_named_where_it_matters() -> None:
-    assert TextFormatter().format(record("event", logging.WARNING))[8:] == " warning: event"
+    assert Formatter(text_line).format(record("event", logging.WARNING))[8:] == " warning: event"
 
 
 def test_for_a_machine_a_line_is_a_json_object() -> None:
-    text = JsonFormatter().format(record("event", logging.ERROR, a="\n", b=2, c=Path("x")))
+    text = Formatter(json_line).format(record("event", logging.ERROR, a="\n", b=2, c=Path("x")))
 
     fields = {"time": 1.5, "level": "error", "event": "event", "a": "\n", "b": 2, "c": "x"}
     assert "\n" not in text and json.loads(text) == fields
@@ -233,16 +244,18 @@ def test_a_traceback_is_shown_to_both() -> None:
     except ValueError:
         failed.exc_info = sys.exc_info()
 
-    assert TextFormatter().format(failed).endswith("\nValueError: why")
-    assert json.loads(JsonFormatter().format(failed))["exception"].endswith("\nValueError: why")
-    assert "\n" not in JsonFormatter().format(failed)
+    assert Formatter(text_line).format(failed).endswith("\nValueError: why")
+    assert json.loads(Formatter(json_line).format(failed))["exception"].endswith(
+        "\nValueError: why"
+    )
+    assert "\n" not in Formatter(json_line).format(failed)
 
 
 def test_records_of_others_have_no_fields_and_are_shown_too() -> None:
     other = logging.makeLogRecord({"msg": "hello %s", "args": ("you",), "levelname": "INFO"})
 
-    assert TextFormatter().format(other).endswith(" hello you")
-    assert json.loads(JsonFormatter().format(other))["event"] == "hello you"
+    assert Formatter(text_line).format(other).endswith(" hello you")
+    assert json.loads(Formatter(json_line).format(other))["event"] == "hello you"
 
 
 async def test_a_line_does_not_grow_with_what_a_client_sends(
@@ -259,14 +272,19 @@ async def test_a_line_does_not_grow_with_what_a_client_sends(
     assert [len(str(fields)) < 1000 for fields in lines] == [True, True]
 
 
-def test_a_line_that_cannot_be_made_harms_no_other(capsys: pytest.CaptureFixture[str]) -> None:
-    handler = Handler()
-    handler.setStream(stream := io.StringIO())
+@pytest.mark.parametrize("style", ["text", "json"])
+def test_the_line_of_a_request_looks_like_every_other(
+    style: str, capfd: pytest.CaptureFixture[str]
+) -> None:
+    root = logging.getLogger()
+    before, level = root.handlers[:], root.level
+    try:
+        write = configure("info", style)
+        fields = {"path": 'a"\n', "ms": 1.5, "status": 200}
+        write(fields)
+        logging.getLogger("kernel.log").info("request", extra={"fields": fields})
+    finally:
+        root.handlers[:], root.level = before, level
 
-    for args in ((1,), ("one",), (2,)):
-        record = logging.LogRecord("agent", logging.INFO, __file__, 1, "%d", args, None)
-        handler.handle(record)
-    handler.flush()
-
-    assert stream.getvalue() == "1\n2\n"
-    assert "TypeError" in capsys.readouterr().err
+    lines = [re.sub(r"[\d:.]{8,}", "", line) for line in capfd.readouterr().err.splitlines()]
+    assert len(lines) == 2 and lines[0] == lines[1] and "status" in lines[0]

@@ -10,7 +10,7 @@ from typing import Any
 import httpx
 import pytest
 
-from kernel.metrics import HELP, MODELS, Metrics
+from kernel.metrics import BOUNDS, HELP, MODELS, Metrics
 from tests.support import FakeOllama, done, line, running, said, turn, write_agent
 
 SAMPLE = re.compile(
@@ -30,13 +30,14 @@ def parsed(text: str) -> dict[str, float]:
     for row in text.splitlines():
         if found := re.fullmatch(r"# HELP ([a-z_]+) [^\\\n]+", row):
             name, kind = found[1], ""
-        elif found := re.fullmatch(r"# TYPE ([a-z_]+) (counter|summary)", row):
+        elif found := re.fullmatch(r"# TYPE ([a-z_]+) (counter|histogram)", row):
             assert found[1] == name and not kind
             kind = found[2]
         else:
             found = SAMPLE.fullmatch(row)
             assert found, row
-            assert found[1] in ([f"{name}_sum", f"{name}_count"] if kind == "summary" else [name])
+            parts = [f"{name}_{part}" for part in ("bucket", "sum", "count")]
+            assert found[1] in (parts if kind == "histogram" else [name])
             assert f"{found[1]}{{{found[2]}}}" not in samples
             samples[f"{found[1]}{{{found[2]}}}"] = float(found[3])
     return samples
@@ -66,6 +67,8 @@ async def test_requests_are_counted_by_route_and_status(demo_url: str, plugins: 
     async with running(demo_url, plugins, access={"deny": ["/api/embed"]}) as client:
         for path in ("/api/tags", "/api/tags", "/nope", "/nope/2", "/health", "/api/embed"):
             await client.get(path)
+        for path in ("/v1/models/demo", "/v1/models/a/b?c"):
+            await client.get(path)
         await client.post("/api/chat", json=turn("x", model="none"))
         seen = await numbers(client)
 
@@ -73,6 +76,8 @@ async def test_requests_are_counted_by_route_and_status(demo_url: str, plugins: 
     assert counts == {
         'osp_requests_total{route="/api/tags",status="200"}': 2,
         'osp_requests_total{route="other",status="404"}': 2,
+        'osp_requests_total{route="/v1/models/{name:path}",status="200"}': 1,
+        'osp_requests_total{route="/v1/models/{name:path}",status="404"}': 1,
         'osp_requests_total{route="/health",status="200"}': 1,
         'osp_requests_total{route="/api/embed",status="403"}': 1,
         'osp_requests_total{route="/api/chat",status="404"}': 1,
@@ -201,6 +206,30 @@ async def test_an_unknown_agent_and_a_typo_of_a_model_make_no_series(
 
     assert said(answer.content).endswith("[user] /nope x")
     assert "nope" not in text and "typo" not in text
+
+
+@pytest.mark.parametrize("path", ["/api/chat", "/v1/chat/completions"])
+async def test_answers_of_our_own_have_no_tokens(demo_url: str, agents: Path, path: str) -> None:
+    async with running(demo_url, agents) as client:
+        for stream in (True, False):
+            assert (await client.post(path, json=turn("/help", stream=stream))).status_code == 200
+        seen = await numbers(client)
+
+    assert not [name for name in seen if name.startswith("osp_tokens_total")]
+
+
+def test_a_histogram_counts_up_to_each_bound() -> None:
+    metrics = Metrics()
+
+    for seconds in (0.001, 0.1, 0.11, 9999):
+        metrics.request("/", 200, seconds, seconds)
+
+    seen = parsed(metrics.text())
+    counts = [
+        seen[f'osp_request_seconds_bucket{{route="/",le="{at}"}}'] for at in (*BOUNDS, "+Inf")
+    ]
+    assert counts == [1, 1, 2, *[3] * (len(BOUNDS) - 3), 4]
+    assert seen['osp_first_byte_seconds_sum{route="/"}'] == pytest.approx(9999.211)
 
 
 def test_of_models_fifty_have_a_name_and_the_rest_are_other() -> None:

@@ -97,3 +97,10 @@ async def test_a_probe_may_ask_for_the_head_alone(demo_url: str, plugins: Path) 
         answer = await client.head("/health")
 
     assert (answer.status_code, answer.content) == (200, b"")
+
+
+async def test_the_proxy_is_alive_without_ollama(plugins: Path) -> None:
+    async with running("127.0.0.1:1", plugins) as client:
+        answer = await client.get("/health?live")
+
+    assert (answer.status_code, answer.json()) == (200, {"status": "ok"})
