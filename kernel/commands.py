@@ -4,154 +4,190 @@
     /rag:k=6 /translate:de why?       arguments, and one agent after the other
     /translate:"Swiss German" why?    quotes where a value has spaces
     /rag&/remember what colour?       agents at the same time
-    /explain /rag what?               what the model would be sent
+    /explain /rag what?               shows the request; the model is not asked
+    /help, /help rag                  answered by the proxy; counts only as the whole text
     //rag                             the text "/rag"
 
-Only a known name is a command: `/etc/passwd` and `/shrug` are text. The same grammar reads the
-header `X-OSP-Agents` and, with `+` for `/`, the suffix of a model's name.
+Only a known name is a command: `/etc/passwd` and `/shrug` are text. The header `X-OSP-Agents` and
+presets use the same grammar. Signs may be full-width (`／rag：k＝2`), as East Asian keyboards type
+them. The patterns never backtrack (`*+`, `?+`, `(?>`), so that reading is linear in the text.
 """
 
 from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
+from unicodedata import normalize
 
 from kernel.errors import BadRequest
 from kernel.plugin import Plugin
 
-EXPLAIN = "explain"
-VALUE = r'"[^"]*"|“[^”]*”'
-ARGUMENT = re.compile(rf"(?:(?P<key>[A-Za-z_]\w*)=)?(?P<value>{VALUE}|[^,]*)(?:,|$)")
-SWITCHES = {"true": True, "yes": True, "on": True, "1": True}
-SWITCHES |= {"false": False, "no": False, "off": False, "0": False}
+EXPLAIN, HELP = "explain", "help"
+MOST = 16  # commands of one text, and values of one command
+LETTERS = "abcdefghijklmnopqrstuvwxyz0123456789_-"
+SWITCHES = ["false", "no", "off", "0", "true", "yes", "on", "1"]  # the second half is true
+WIDE = {chr(code): chr(code + 0xFEE0) for code in range(0x21, 0x7F)}  # ! to ~, full-width
+
+# White space, and the signs without width that keyboards and copied text leave before a command
+BLANK = r"[\s\u061c\u180e\u200b\u200e\u200f\u2060-\u2064\ufeff]"
+GAP = r"[ \t\u00a0\u3000]*+"
+KEY = rf"[^\W\d][\w-]{{0,63}}+(?={GAP}[=＝])"
+# An opening quote, then those that close it. Phones write ” where a quote follows a colon.
+PAIRS = "\"\" “”“ „“” ”” ＂＂ «» »«» ‹› ›‹› 「」 『』 ‚‘’ ‘’ ’’ ''".split()
+# An apostrophe between letters closes nothing.
+QUOTED = "|".join(rf"{q[0]}[^{q[1:]}]*+(?:\b['’]\b[^{q[1:]}]*+)*+[{q[1:]}]" for q in PAIRS)
+UNQUOTED = f"(?![{''.join(q[0] for q in PAIRS)}])"
+VALUE = rf"(?P<quoted>{QUOTED})|(?P<plain>{UNQUOTED}[^,，]*+|[^,，](?s:.*))"
+ARGUMENT = re.compile(rf"(?:\A|[,，]){GAP}(?:(?P<key>{KEY}){GAP}[=＝]{GAP})?+(?:{VALUE})")
 
 
 @dataclass(frozen=True, slots=True)
 class Command:
-    """One command: the agent's name in lower case, and what stood behind the colon."""
+    """One command: its name in lower case, and the text of its arguments."""
 
     name: str
     arguments: str = ""
-    together: tuple[str, ...] = ()  # the names that it was joined to by &
+    together: tuple[str, ...] = ()  # the names before it that & joins it to
 
 
 class Grammar:
     """Finds commands that begin with `prefix`; an empty prefix finds none.
 
-    `known` tells whether a name is one of an agent.
+    `known(name)` tells whether there is an agent of that name, loaded or not.
     """
 
     def __init__(self, prefix: str, known: Callable[[str], bool]) -> None:
-        self.prefix = prefix
-        self._known = known
-        sign = re.escape(prefix)
-        name = r"(?P<name>[A-Za-z0-9][\w-]*)"
-        arguments = rf'(?P<arguments>(?:{VALUE}|(?!&{sign})[^\s"“])*)'
-        self._command = re.compile(rf"\s*{sign}{name}(?::{arguments})?(?=\s|$|&{sign})")
-        self._literal = re.compile(rf"\s*{sign}(?={sign}{name}(?![\w-]))")
-        self._help = re.compile(rf"\s*{sign}help(?:\s+(?:{sign})?{name})?\s*$", re.IGNORECASE)
-        self._explain = re.compile(rf"\s*{sign}explain(?=\s)", re.IGNORECASE)
+        self.prefix, self._known = prefix, known
+        sign = "".join(f"[{re.escape(s)}{WIDE.get(s, '')}]" for s in prefix) or "(?!)"  # no match
+        word = rf"{sign}(?P<name>[\w-]{{1,64}}+)"
+        join = f"[&＆](?={sign})"
+        colon, comma = (f"(?>{GAP}[{s}]{GAP}(?={KEY})|[{s}])" for s in ("：:", "，,"))
+        plain = f"{UNQUOTED}(?:[^,，&＆{BLANK[1:-1]}]++|[&＆]++(?!{sign}))*+"
+        value = f"(?:{KEY}{GAP}[=＝](?:{GAP}(?!{sign}))?+)?+(?:{QUOTED}|{plain})"
+        arguments = f"{colon}(?P<arguments>{value}(?:{comma}{value}){{0,{MOST - 1}}}+)"
+        end = rf"(?P<join>{join})|{BLANK}++|\Z"
+        about = rf"(?:{BLANK}++|[:：])(?:{sign})?+(?P<about>[\w-]{{1,64}}+)"
+        self._command = re.compile(f"{BLANK}*+{word}(?:{arguments})?+(?:{end})")
+        self._literal = re.compile(f"{BLANK}*+{sign}(?={word}(?:[:：]|{end}))")
+        self._help = re.compile(f"{BLANK}*+{word}(?:{about})?+{BLANK}*+")
+        self._near = re.compile(rf"{BLANK}*+{word}{BLANK}++(?!\Z)")
 
     def split(self, text: str) -> tuple[list[Command], str]:
         """Return the commands that lead a text, and the text without them.
 
-        `explain` is one of them where others follow it, and leads them.
+        A text without commands comes back unchanged; a literal loses one sign. `explain` is listed
+        where another command follows it. `help` stands alone; its arguments are an agent or "".
         """
-        if not self._may_lead(text):
-            return [], text
-        explain = self._explain.match(text)
-        commands: list[Command] = []
-        at = explain.end() if explain else 0
-        while found := self._together(text, at):
-            commands += found[0]
-            at = found[1]
-        if explain:
-            if not commands:
-                return [], text
-            commands.insert(0, Command(EXPLAIN))
-        literal = self._literal.match(text, at)
-        if literal and self._known(literal["name"].lower()):
-            return commands, text[literal.end() :]
-        return commands, text[at:].lstrip() if commands else text
+        about = self.help_wanted(text)
+        if about is not None:
+            return [Command(HELP, about)], ""
+        commands, end = self._commands(text)
+        literal = self._literal.match(text, end)
+        if literal and self._is_command(fold(literal["name"])):
+            end = literal.end()
+        return commands, text[end:]
 
-    def _may_lead(self, text: str) -> bool:
-        return bool(self.prefix) and text.lstrip().startswith(self.prefix)
-
-    def _together(self, text: str, at: int) -> tuple[list[Command], int] | None:
-        """Return the commands that `&` joins at a place, and where they end."""
+    def _commands(self, text: str) -> tuple[list[Command], int]:
+        """Return the commands that lead a text, and where the text behind them begins."""
         commands: list[Command] = []
-        while found := self._command.match(text, at):
-            name = found["name"].lower()
-            if not self._known(name):
-                return None
-            partners = tuple(command.name for command in commands)
-            commands.append(Command(name, found["arguments"] or "", partners))
-            if not text.startswith("&", found.end()):
-                return commands, found.end()
-            at = found.end() + 1
-        return None
+        joined: tuple[str, ...] = ()
+        at = count = end = 0  # count and end stay behind until a group is complete
+        while len(commands) < MOST and (found := self._command.match(text, at)):
+            name, arguments = fold(found["name"]), found["arguments"] or ""
+            explain = name == EXPLAIN and not (joined or found["join"] or arguments)
+            if not (explain or self._known(name)):
+                break
+            commands.append(Command(name, arguments, joined))
+            at = found.end()
+            joined = (*joined, name) if found["join"] else ()
+            if not (joined or explain):
+                count, end = len(commands), at
+        return commands[:count], end
 
     def help_wanted(self, text: str) -> str | None:
         """Return the name that `/help NAME` asks about, "" for `/help` alone, None for text."""
-        found = self._help.match(text) if self._may_lead(text) else None
-        if not found:
+        found = self._help.fullmatch(text)
+        name, about = map(fold, found.group("name", "about")) if found else ("", "")
+        return about if name == HELP and (not about or self._known(about)) else None
+
+    def near(self, text: str) -> str | None:
+        """Return the command that a text's first word misses by one letter, or None.
+
+        Meant for a hint: the word stays text. None if no text follows the word.
+        """
+        found = self._near.match(text)
+        word = fold(found["name"]) if found else ""
+        if not 2 <= len(word) <= 64 or self._is_command(word):
             return None
-        name = (found["name"] or "").lower()
-        return name if not name or self._known(name) else None
+        return next(filter(self._is_command, one_letter_away(word)), None)
+
+    def _is_command(self, word: str) -> bool:
+        return word in (EXPLAIN, HELP) or self._known(word)
+
+
+def fold(text: str | None) -> str:
+    """Return a name as it is compared: full-width letters and capitals count as plain ones."""
+    return normalize("NFKC", text or "").casefold()
+
+
+def one_letter_away(word: str) -> Iterator[str]:
+    for at in range(len(word) + 1):
+        head, tail = word[:at], word[at:]
+        yield from (head + tail[1:], head + tail[1:2] + tail[:1] + tail[2:])
+        yield from (head + letter + end for letter in LETTERS for end in (tail, tail[1:]))
 
 
 def parse_arguments(text: str, defaults: Mapping[str, Any]) -> dict[str, Any]:
-    """Return `defaults` with what `text` says over them; a bare value goes to the next free one.
+    """Return `defaults` with the values in `text` over them, each of its default's type.
 
-    Raises BadRequest, which says what would be right.
+    A value without a key goes to the first argument that has none yet. Raises BadRequest, which
+    says what would be right.
     """
+    names = {fold(name): name for name in defaults}
+    pieces = [piece for piece in ARGUMENT.finditer(text) if piece[0].strip(" ,，")]
+    keys = {fold(piece["key"]) for piece in pieces}
+    free = (name for key, name in names.items() if key not in keys)
     given: dict[str, Any] = {}
-    for found in ARGUMENT.finditer(text):
-        if not found[0].strip(","):
-            continue
-        free = next((key for key in defaults if key not in given), "")
-        key = (found["key"] or free).lower()
-        if key not in defaults:
-            known = ", ".join(defaults) or "none"
-            raise BadRequest(f"{found[0].strip(',')!r} is no argument here; known are: {known}")
-        given[key] = typed(key, unquoted(found["value"]), defaults[key])
+    for piece in pieces:
+        key, quoted, plain = piece.group("key", "quoted", "plain")
+        value = quoted[1:-1] if quoted else plain.strip()
+        name = names.get(fold(key)) if key else next(free, None)
+        if name is None:
+            wrong, known = piece[0].strip(" ,，")[:60], ", ".join(defaults) or "none"
+            raise BadRequest(f"{wrong!r} is no argument here; known are: {known}")
+        given[name] = typed(name, value, defaults[name])
     return {**defaults, **given}
 
 
-def unquoted(text: str) -> str:
-    return text[1:-1] if text[:1] in ('"', "“") and len(text) > 1 else text
-
-
-def typed(key: str, text: str, default: Any) -> Any:
+def typed(name: str, text: str, default: Any) -> Any:
     """Return `text` as the type of `default`: a boolean, a number or a string."""
-    kinds = {bool: "true or false", int: "a whole number", float: "a number"}
+    kind = {bool: "true or false", int: "a whole number", float: "a number"}.get(type(default))
+    switch = fold(text[:9])
     try:
-        if isinstance(default, bool):
-            return SWITCHES[text.lower()]
-        value = type(default)(text)
+        value = SWITCHES.index(switch) > 3 if isinstance(default, bool) else type(default)(text)
         if isinstance(value, float) and not math.isfinite(value):
             raise ValueError(text)
-        return value
-    except (ValueError, KeyError) as exc:
-        raise BadRequest(f"{key} must be {kinds[type(default)]}, not {text!r}") from exc
+    except ValueError as exc:
+        raise BadRequest(f"{name} must be {kind}, not {text[:60]!r}") from exc
+    if isinstance(value, int) and abs(value) >= 10**18:
+        raise BadRequest(f"{name} must have at most 18 digits, not {text[:60]!r}")
+    return value
 
 
 def help_text(plugins: Iterable[Plugin], prefix: str) -> str:
-    """Return what `/help` says: each agent, what it does, and the arguments it takes."""
-    lines = [line for plugin in plugins for line in help_lines(plugin, prefix)]
-    return "\n".join(lines) or "No agents are loaded."
+    """Return the answer to `/help`: each agent, its description, and the arguments it takes."""
+    agents = (f"{prefix}{plugin.name}: {about(plugin)}" for plugin in plugins)
+    return "\n".join(agents) or "No agents are loaded."
 
 
-def help_lines(plugin: Plugin, prefix: str) -> list[str]:
+def about(plugin: Plugin) -> str:
     if plugin.status != "loaded":
-        return [f"{prefix}{plugin.name}: {unavailable(plugin)}"]
-    arguments = [f"    {key}={value!r}" for key, value in plugin.config.arguments.items()]
-    about = plugin.description or "no description"
-    about += "" if plugin.config.typed else " (by header, model suffix or preset only)"
-    return [f"{prefix}{plugin.name}: {about}", *arguments]
+        return unavailable(plugin)
+    arguments = [f"{name}={value!r}" for name, value in plugin.config.arguments.items()]
+    return "\n    ".join([plugin.description or "no description", *arguments])
 
 
 def unavailable(plugin: Plugin) -> str:

@@ -1,183 +1,227 @@
-"""Hooks: runs a plugin's code so that it can fail, hang or lie and harm nobody else.
+"""Hooks: runs the code of agents, so that one that fails, hangs or lies harms only itself.
 
-Each hook runs in a plain asyncio task of its own, which is waited for as long as its clock allows
-and then cancelled and left behind: code that swallows its cancellation cannot hold a request (nor
-anyio's scopes, which cancel again and again). A `def` hook runs in a daemon thread, because a
-thread cannot be cancelled at all and must hold neither the loop nor the end of the process. An
-`async def` without an `await` can neither wait nor be cancelled: it needs no task, and so a stream
-has none for each frame.
+Each hook runs in an asyncio task of its own. It is waited for as long as its clock allows, and then
+cancelled and left behind, because code that swallows its cancellation must not hold a request. A
+`def` hook runs in a daemon thread, because a thread cannot be cancelled: it must hold neither the
+loop nor the end of the process. What a hook returns or raises is foreign, too: values are copied to
+the built-in types, and every exception ends inside the hook's task. `run_hook` is the mechanism,
+`Run` says what it means to a request.
 """
 
 from __future__ import annotations
 
 import asyncio
-import dis
 import inspect
 import logging
+import sys
 import threading
 import time
-import types
-from collections.abc import Callable, Coroutine, Generator
-from types import CodeType
-from typing import Any
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import suppress
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, TypeVar
 
-from kernel.agent import Abort, Clock, Reply
-from kernel.errors import PluginExecutionError, UpstreamError
+from kernel.agent import BaseAgent, Clock, Reply
+from kernel.errors import Aborted, PluginExecutionError
+from kernel.foreign import diagnosis, meaning, plain, safe_text
+from kernel.metrics import Metrics
+from kernel.plugin import Plugin
 
 logger = logging.getLogger(__name__)
 
-THREADS = 2  # for one plugin at the same time: one that hangs fills its own places only
-BLINK = 0.01  # seconds: how soon after a pause of its clock a hook may be found late
-HELD_UP = 0.2  # seconds without an await, after which the log says so: nobody is served meanwhile
+T = TypeVar("T")
+BLINK = 0.01  # seconds: while the clock is paused, how often it is looked at
+# From Python 3.12 on the first step runs at once: a hook that never waits costs no task switch.
+EAGER: dict[str, Any] = {"eager_start": True} if sys.version_info >= (3, 12) else {}
+NO_REPLY = "raised Reply: only on_request may, and not joined by & (type a space instead)"
 
 
-# A plugin is foreign code: everything is caught. SystemExit would end the loop.
-CAUGHT = (Exception, SystemExit, KeyboardInterrupt)
+async def run_hook(
+    plugin: Plugin,
+    find: Callable[[], Callable[..., Any]],
+    *args: Any,
+    clock: Clock,
+    accept: Callable[[Any], T],
+    waiting: Callable[[], Awaitable[None]] | None = None,
+) -> T:
+    """Return what `accept` makes of the result of the hook that `find` returns.
 
-
-class HookRunner:
-    """Runs the hooks of one plugin."""
-
-    def __init__(self) -> None:
-        self._places = asyncio.Semaphore(THREADS)
-        self._left_behind: set[asyncio.Task[Any]] = set()  # asyncio itself holds tasks weakly
-        self._waits: dict[CodeType | None, bool] = {}
-
-    async def run(self, hook: Callable[..., Any], *args: Any, clock: Clock) -> Any:
-        """Return what `hook(*args)` returns, be it `def` or `async def`.
-
-        Raises Reply and Abort as they come, and PluginExecutionError for everything else.
-        """
-        try:
-            if self.may_wait(hook):
-                result = await self._in_task(self._contained(hook, args, clock), clock)
-            else:
-                result = at_once(hook(*args))
-        except asyncio.CancelledError as exc:
-            if (task := asyncio.current_task()) and task.cancelling():
-                raise
-            raise PluginExecutionError("raised CancelledError") from exc
-        except (Reply, Abort, PluginExecutionError):
-            raise
-        except CAUGHT as exc:
-            raise failure(exc) from exc
-        if clock.left() <= 0:
-            raise late(clock)
-        return result
-
-    def may_wait(self, hook: Any) -> bool:
-        """Tell whether a hook may suspend: it is a `def`, or has an `await`."""
-        code = getattr(hook, "__code__", None)
-        if code not in self._waits:
-            self._waits[code] = not inspect.iscoroutinefunction(hook) or suspends(code)
-        return self._waits[code]
-
-    async def _in_task(self, work: Coroutine[Any, Any, Any], clock: Clock) -> Any:
-        task = asyncio.create_task(work)
-        try:
-            while not task.done():
-                if clock.left() <= 0:
-                    raise late(clock)
-                await asyncio.wait({task}, timeout=max(clock.left(), BLINK))
-        finally:
-            if not task.done():
-                task.cancel()
-                self._left_behind.add(task)
-                task.add_done_callback(self._forget)
-        return task.result()
-
-    def _forget(self, task: asyncio.Task[Any]) -> None:
-        self._left_behind.discard(task)
-        if not task.cancelled():
-            task.exception()  # or asyncio complains that nobody asked
-
-    async def _contained(self, hook: Callable[..., Any], args: Any, clock: Clock) -> Any:
-        try:
-            if inspect.iscoroutinefunction(hook):
-                return await timed(hook(*args))
-            result = await self._in_thread(lambda: hook(*args), clock)
-            return await result if inspect.isawaitable(result) else result
-        except (Reply, Abort, PluginExecutionError):
-            raise
-        except CAUGHT as exc:
-            raise failure(exc) from exc
-
-    async def _in_thread(self, work: Callable[[], Any], clock: Clock) -> Any:
-        loop = asyncio.get_running_loop()
-        done: asyncio.Future[tuple[Any, BaseException | None]] = loop.create_future()
-
-        def run() -> None:
-            result, error = None, None
-            try:
-                result = work()
-            except BaseException as exc:  # it belongs to whoever waits, not to this thread
-                error = exc
-            if not loop.is_closed():
-                loop.call_soon_threadsafe(finish, result, error)
-
-        def finish(result: Any, error: BaseException | None) -> None:
-            self._places.release()
-            if not done.done():
-                done.set_result((result, error))
-
-        await self._places.acquire()
-        clock.restart()  # waiting for a place was not the hook's fault
-        threading.Thread(target=run, daemon=True).start()
-        result, error = await done
-        if error:
-            raise error
-        return result
-
-
-def suspends(code: CodeType | None) -> bool:
-    if code is None:
-        return True
-    names = {instruction.opname for instruction in dis.get_instructions(code)}
-    return not names.isdisjoint(("GET_AWAITABLE", "GET_ANEXT", "SEND"))
-
-
-def at_once(coroutine: Coroutine[Any, Any, Any]) -> Any:
-    """Run a coroutine that awaits nothing, and say in the log when it held everybody up."""
-    began = time.perf_counter()
+    `waiting` is awaited once if the hook does not finish in its first step. Raises Reply and
+    Aborted with checked values, and PluginExecutionError for everything else that a hook can do.
+    """
+    loop = asyncio.get_running_loop()
+    work = attempt(plugin, find, args, clock, accept)
+    # asyncio's debug mode logs the name of a task that blocks; an eager one hides in its caller's.
+    eager = {} if loop.get_debug() else EAGER
+    task = asyncio.Task(work, loop=loop, name=f"agent {plugin.name}", **eager)
     try:
-        coroutine.send(None)
-    except StopIteration as stop:
-        return stop.value
+        if not task.done():
+            await asyncio.sleep(0)  # without eager tasks: cheaper than asyncio.wait with its timer
+        if waiting and not task.done():
+            with clock.paused():
+                await waiting()
+        while not task.done() and clock.left() > 0:
+            await asyncio.wait({task}, timeout=max(clock.left(), BLINK))
     finally:
-        if (took := time.perf_counter() - began) > HELD_UP:
-            complain(coroutine.cr_code, took)  # type: ignore[attr-defined]
+        if not task.done():
+            task.cancel()
+            plugin.left_behind.add(task)  # asyncio itself holds tasks weakly
+            task.add_done_callback(plugin.left_behind.discard)
+    if clock.left() <= 0:
+        text = f"took longer than {clock.limit:g} seconds"
+        raise PluginExecutionError(text, outcome="timeout")
+    if task.cancelled():
+        raise PluginExecutionError("CancelledError")
+    result, error = task.result()
+    if error:
+        raise error
+    return result  # type: ignore[return-value]  # None only where `accept` returns it
 
 
-def failure(exc: BaseException) -> PluginExecutionError:
-    status = 502 if isinstance(exc, UpstreamError) else 500
-    return PluginExecutionError(f"{type(exc).__name__}: {exc}", status)
+async def attempt(
+    plugin: Plugin, find: Callable[[], Any], args: Any, clock: Clock, accept: Callable[[Any], T]
+) -> tuple[T | None, Exception | None]:
+    """Return a result or an error; no exception of foreign code leaves this function."""
+    try:
+        hook = find()
+        if inspect.iscoroutinefunction(hook):
+            result = await hook(*args)
+        else:
+            result = await in_thread(plugin, lambda: hook(*args), clock)
+            result = await result if inspect.isawaitable(result) else result
+        return accept(plain(result)), None
+    except BaseException as exc:  # also a CancelledError, SystemExit or group of the agent's own
+        return None, meaning(exc)
 
 
-def late(clock: Clock) -> PluginExecutionError:
-    return PluginExecutionError(f"took longer than {clock.limit:g} seconds", outcome="timeout")
+async def in_thread(plugin: Plugin, work: Callable[[], Any], clock: Clock) -> Any:
+    loop = asyncio.get_running_loop()
+    done: asyncio.Future[tuple[Any, BaseException | None]] = loop.create_future()
 
-
-@types.coroutine
-def timed(coroutine: Any) -> Generator[Any, Any, Any]:
-    """Run a hook, and say in the log when a step of it held everybody up."""
-    step, value = coroutine.send, None
-    while True:
-        began = time.perf_counter()
+    def run() -> None:
+        outcome: tuple[Any, BaseException | None]
         try:
-            awaited = step(value)
-        except StopIteration as stop:
-            return stop.value
+            outcome = work(), None
+        except BaseException as exc:  # belongs to the hook's task, not to this thread
+            outcome = None, exc
+        with suppress(RuntimeError):  # the loop was closed meanwhile
+            loop.call_soon_threadsafe(finish, outcome)
+
+    def finish(outcome: tuple[Any, BaseException | None]) -> None:
+        plugin.places.release()
+        if not done.done():
+            done.set_result(outcome)
+
+    await plugin.places.acquire()
+    clock.restart()  # the wait for a place was not the hook's fault
+    threading.Thread(target=run, daemon=True).start()
+    result, error = await done
+    if error is not None:  # its truth value is foreign code, too
+        raise error
+    return result
+
+
+@dataclass(slots=True, eq=False)
+class Run:
+    """One agent's part in one request, and what became of it."""
+
+    plugin: Plugin
+    agent: BaseAgent  # this request's own instance
+    limit: float  # seconds for each hook
+    metrics: Metrics
+    asked: bool = False  # for by the client; else the agent is always on
+    joined: bool = False  # runs at the same time as the one before it
+    outcome: str = ""  # ok, error, timeout, reply, abort, unread; "": it never ran
+    seconds: float = 0.0  # in its hooks
+    due: bool = True  # its response hooks may run
+    waiting: Callable[[], Awaitable[None]] | None = None  # awaited before a hook is waited for
+    context: Any = None  # the agent's, which its hooks cannot take away from here
+
+    def __post_init__(self) -> None:
+        self.context = vars(self.agent)["context"]
+
+    def has(self, *hooks: str) -> bool:
+        return any(hook in self.plugin.hooks for hook in hooks)
+
+    async def call(
+        self, hook: str, *args: Any, accept: Callable[[Any], T], may_reply: bool = True
+    ) -> T:
+        """Run a hook and return what `accept` makes of its result, a copy of built-in types.
+
+        Raises Reply with a text or an async iterator of texts, PluginExecutionError where the chain
+        goes on without the agent, and Aborted where the request ends.
+        """
+        return await self._run(hook, partial(getattr, self.agent, hook), args, accept, may_reply)
+
+    async def _run(
+        self, hook: str, find: Any, args: Any, accept: Callable[[Any], T], may_reply: bool
+    ) -> T:
+        began, clock = time.perf_counter(), Clock(self.limit)
+        self.context.clock = clock
+        self.outcome = self.outcome or "ok"
+        try:
+            return await run_hook(
+                self.plugin, find, *args, clock=clock, accept=accept, waiting=self.waiting
+            )
+        except Reply as exc:
+            if not may_reply:
+                raise self._failed(hook, PluginExecutionError(NO_REPLY)) from exc
+            self.outcome = "reply"
+            raise Reply(exc.text if isinstance(exc.text, str) else self._pieces(exc.text)) from exc
+        except Aborted:
+            self.outcome = "abort"
+            raise
+        except PluginExecutionError as exc:
+            raise self._failed(hook, exc) from exc
         finally:
-            if (took := time.perf_counter() - began) > HELD_UP:
-                complain(coroutine.cr_code, took)
+            took = time.perf_counter() - began
+            self.seconds += took
+            failed = self.outcome in ("error", "timeout")
+            self.metrics.hook(self.plugin.name, took, failed=failed)
+
+    async def _pieces(self, pieces: AsyncIterator[Any]) -> AsyncIterator[str]:
+        """Yield the texts of a streamed Reply. Raises Aborted if one fails or comes too late."""
+
+        async def next_piece() -> Any:
+            return await anext(pieces, "")
+
         try:
-            step, value = coroutine.send, (yield awaited)
-        except BaseException as exc:  # a cancellation, say: the hook's to take
-            step, value = coroutine.throw, exc
+            while piece := await self._run("Reply", lambda: next_piece, (), text_only, False):
+                yield piece
+        except PluginExecutionError as exc:
+            raise Aborted(f"the agent {self.plugin.name} failed in its answer", exc.status) from exc
+
+    def _failed(self, hook: str, exc: PluginExecutionError) -> PluginExecutionError | Aborted:
+        """Note a failure, and return what it means to the request."""
+        self.outcome, self.due = exc.outcome, False
+        self._log(hook, exc)
+        if self.plugin.config.on_error == "skip":
+            return exc
+        text = f"the agent {self.plugin.name} failed, and its operator wants it or nothing"
+        return Aborted(text, exc.status)
+
+    def _log(self, hook: str, exc: PluginExecutionError) -> None:
+        """Log type, place and cure; the text of an exception may hold a prompt: at debug only."""
+        cause = exc.__cause__
+        where, advice = diagnosis(cause, self.plugin.folder)
+        fields = {"agent": self.plugin.name, "hook": hook, "request_id": self.context.request_id}
+        fields |= {"error": f"{exc}{advice}", **({"where": where} if where else {})}
+        logger.warning("agent failed", extra={"fields": fields})
+        if cause is not None:
+            text = {"text": safe_text(lambda: cause)}
+            logger.debug("an agent's exception", extra={"fields": fields | text})
 
 
-def complain(code: CodeType, took: float) -> None:
-    cure = f"blocking code belongs into `def {code.co_name}`, which runs in a thread"
-    place = f"{code.co_filename}:{code.co_firstlineno}"
-    fields = {"where": place, "seconds": round(took, 1), "cure": cure}
-    logger.warning("agent held up everybody", extra={"fields": fields})
+def text_only(result: Any) -> str:
+    if not isinstance(result, str):
+        raise wrong(result, "a response hook must return text")
+    return result
+
+
+def wrong(result: Any, due: str) -> PluginExecutionError:
+    """Return the failure of a hook that returned something of the wrong type."""
+    kind = type(result).__name__
+    missing = {"NoneType": "return", "coroutine": "await"}.get(kind)
+    hint = f"; is a `{missing}` missing?" if missing else ""
+    return PluginExecutionError(f"returned {kind}, but {due}{hint}")

@@ -1,103 +1,139 @@
-"""Plugin: a folder with an agent, as it is before and after its code was run.
+"""Plugin: a folder with an agent: its settings, and what became of it when it was loaded.
 
 `scan` reads the folders and their `config.json`, with the operator's tables over it; nothing is
-imported here. A plugin that fails keeps its command, and says why: its error has the file, the line
-and, for the usual mistakes, the cure.
+imported here. A plugin that fails keeps its command and says why.
 """
 
 from __future__ import annotations
 
+import asyncio
 import copy
-import json
-import logging
+import math
+import os
 import re
-import sys
-import traceback
+from collections import Counter, OrderedDict, defaultdict, deque
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import suppress
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from kernel import agent as contract
 from kernel.agent import BaseAgent, Context
-from kernel.config import PluginsConfig, Settings, build, convert
-from kernel.errors import ConfigError, NotAllowed, PluginExecutionError, PluginLoadError
-from kernel.hooks import HookRunner
-
-logger = logging.getLogger(__name__)
+from kernel.config import PluginsConfig, Seconds, Settings, build, convert
+from kernel.dialects import loads
+from kernel.errors import ConfigError, PluginLoadError
 
 RESERVED = ("help", "explain")  # commands that the proxy answers itself
 NAME = re.compile(r"[a-z0-9][a-z0-9_-]*")
+THREADS = 2  # of one plugin at the same time: hooks that hang fill its own places only
+CONTAINERS = (list, dict, set, deque, defaultdict, OrderedDict, Counter)
 
 
 @dataclass(frozen=True, slots=True)
 class AgentConfig:
     """The keys of `config.json`, all optional; `[agents.NAME]` in `osp.toml` mirrors them."""
 
-    command: str = ""  # default: the folder's name without _agent
     description: str = ""  # default: the first line of the class's docstring
     enabled: bool = True
     always: bool = False  # in play without being asked for
     priority: float = 0.0  # of those: lowest first
     models: tuple[str, ...] = ()  # of those: patterns of the models meant; empty: all
-    typed: bool = True  # false: not by the prompt, only by header, model suffix or preset
     on_error: Literal["skip", "abort"] = "skip"  # a failure: go on without it, or refuse
-    timeout: float | None = None  # seconds for each hook; default: chain.timeout
+    timeout: Seconds = 0.0  # for each hook; 0, which cannot be said: chain.timeout
     structured: bool = False  # its response hooks keep JSON valid
+    exempt: tuple[str, ...] = ()  # of a guard: paths, with all below, that pass without it
     settings: Settings = field(default_factory=dict)  # the operator's
     arguments: Settings = field(default_factory=dict)  # a prompt's, with their defaults
 
 
 @dataclass(slots=True, eq=False)
 class Plugin:
-    """One plugin as it was loaded, or was not: it always owns its name."""
+    """One plugin, loaded or not: it always owns its name."""
 
     name: str
     folder: Path
     config: AgentConfig = field(default_factory=AgentConfig)
-    agent: BaseAgent | None = None
+    agent: BaseAgent | None = None  # set up; requests get copies
     error: PluginLoadError | None = None
+    description: str = ""
     hooks: tuple[str, ...] = ()  # those that it overrides
-    runner: HookRunner = field(default_factory=HookRunner)
-    module: str = ""  # the name of its package
-    leases: int = 0  # requests that it takes part in
+    own: Settings = field(default_factory=dict)  # the containers that each request gets anew
+    places: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(THREADS))
+    left_behind: set[asyncio.Task[Any]] = field(default_factory=set)  # hooks that took too long
 
     @property
     def status(self) -> Literal["loaded", "failed", "disabled"]:
-        return "loaded" if self.agent else "failed" if self.error else "disabled"
+        return "failed" if self.error else "disabled" if self.agent is None else "loaded"
 
     @property
     def is_guard(self) -> bool:
+        """Tell whether it is a promise: always on, and nothing may pass without it."""
         return self.config.enabled and self.config.always and self.config.on_error == "abort"
 
     @property
     def responds(self) -> bool:
         return not set(self.hooks).isdisjoint(("on_response", "on_chunk", "on_end"))
 
-    @property
-    def description(self) -> str:
-        doc = (type(self.agent).__doc__ or "") if self.agent else ""
-        return self.config.description or doc.strip().partition("\n")[0]
-
     def instance(self, context: Context, arguments: Settings) -> BaseAgent:
-        """Return a copy for one request: what its hooks assign to `self` stays there."""
-        agent = copy.copy(self.agent)
-        assert agent is not None
-        agent.context = context
-        agent.arguments = arguments
+        """Return a copy of the agent for one request.
+
+        What its hooks assign to `self` stays in the request. Lists, dicts and sets (and those in
+        them) that `__init__` or the class made are copied, too. All else is shared: what `setup`
+        assigned, a container that it filled, and objects of other types. Runs no code of the agent.
+        """
+        assert self.agent is not None
+        shared = vars(self.agent)
+        copies: dict[int, Any] = {}
+        own = {
+            name: fresh(made, copies)
+            for name, made in self.own.items()
+            if shared.get(name, made) is made  # else it was replaced later, for all requests
+        }
+        agent = object.__new__(type(self.agent))
+        vars(agent).update({**shared, **own, "context": context, "arguments": arguments})
         return agent
 
 
-def scan(
-    config: PluginsConfig,
-    agents: Settings,
-    environ: Mapping[str, str],
-    names: Mapping[Path, str] | None = None,
-) -> dict[str, Plugin]:
+def classes(agent: BaseAgent) -> list[type]:
+    """Return the agent's classes, bases first, without those of the contract."""
+    return [kind for kind in reversed(type(agent).__mro__) if kind not in BaseAgent.__mro__]
+
+
+def containers(agent: BaseAgent) -> dict[str, Any]:
+    """Return the lists, dicts and sets that an agent and its classes hold, by attribute."""
+    tables = [*map(vars, classes(agent)), vars(agent)]
+    found = {name: value for table in tables for name, value in table.items()}
+    return {k: v for k, v in found.items() if type(v) in CONTAINERS and not k.startswith("__")}
+
+
+def contents(value: Any) -> list[Any]:
+    """Return a container, what is in it and in the containers in it: two lists can be compared."""
+    found, waiting, seen = [], [value], set()
+    while waiting:
+        item = waiting.pop()
+        found.append(item)
+        if type(item) in CONTAINERS and id(item) not in seen:
+            seen.add(id(item))
+            waiting += [*item, *item.values()] if isinstance(item, dict) else item
+    return found
+
+
+def fresh(value: Any, copies: dict[int, Any]) -> Any:
+    """Copy a container and the containers in it; `copies` maps the id of each to its copy."""
+    if type(value) not in CONTAINERS:
+        return value
+    if id(value) not in copies:
+        made = copies[id(value)] = copy.copy(value)
+        if not isinstance(made, set):
+            for key, item in list(made.items() if isinstance(made, dict) else enumerate(made)):
+                made[key] = fresh(item, copies)
+    return copies[id(value)]
+
+
+def scan(config: PluginsConfig, agents: Settings, environ: Mapping[str, str]) -> dict[str, Plugin]:
     """Return the plugins by command, read from their folders; nothing is imported yet.
 
-    `names` are the commands that folders had before, for those that cannot be read any more.
+    Raises ConfigError for a table without a plugin.
     """
     plugins: dict[str, Plugin] = {}
     unused = set(agents)
@@ -105,21 +141,18 @@ def scan(
         name = folder.name.removesuffix("_agent").lower()
         plugin = Plugin(name, folder)
         unused.discard(name)
+        taken = name in plugins
         try:
-            plugin.config = read_config(folder, agents.get(name, {}), environ)
-            plugin.name = command_of(name, plugin)
+            if taken:
+                raise PluginLoadError(f"/{name} is {plugins[name].folder} already")
+            plugin.config = read_config(plugin, agents.get(name, {}), environ)
         except PluginLoadError as exc:
             plugin.error = exc
-            plugin.name = (names or {}).get(folder, name)
-            plugin.config = promised(folder, agents.get(name))
-        if plugin.name in plugins:
-            where = plugins[plugin.name].folder
-            plugin.error = PluginLoadError(f"/{plugin.name} is {where} already")
-            plugin.config = AgentConfig()  # whatever it promised, the other one is what is meant
-        if not config.only or plugin.name in config.only:
+            plugin.config = AgentConfig() if taken else guess(folder, agents.get(name))
+        plugin.description = plugin.config.description
+        if not config.only or name in config.only:
             # The second of a command is listed under a name that nobody can type.
-            taken = plugin.name in plugins or plugin.name in RESERVED
-            plugins[f"{plugin.name} ({folder})" if taken else plugin.name] = plugin
+            plugins[f"{name} ({folder})" if taken or name in RESERVED else name] = plugin
     if unused:
         dirs = ", ".join(map(str, config.dirs))
         raise ConfigError(f"[agents.{min(unused)}]: there is no such plugin in {dirs}")
@@ -136,60 +169,80 @@ def folders(dirs: Sequence[Path]) -> Iterator[Path]:
                 yield folder
 
 
-def read_config(folder: Path, overrides: Settings, environ: Mapping[str, str]) -> AgentConfig:
-    """Return `config.json` with what `osp.toml` says over it. Raises PluginLoadError."""
-    file = folder / "config.json"
-    try:
-        table = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
-        if not isinstance(table, dict) or not isinstance(overrides, dict):
-            raise ConfigError("what is said of an agent must be a table")
-        declared = build(AgentConfig, table, str(file), folder)
-        said = build(AgentConfig, overrides, f"[agents] {folder.name}", folder)
-        check_known(said.settings, declared.settings, "setting")
-        check_known(said.arguments, declared.arguments, "argument")
-        for key in set(said.arguments) & set(declared.arguments):
+def read_config(plugin: Plugin, table: Any, environ: Mapping[str, str]) -> AgentConfig:
+    """Return `config.json` with the operator's table over it.
+
+    Raises PluginLoadError, whose `where` is the file in which the wrong key stands.
+    """
+    name, folder = plugin.name, plugin.folder
+    file, place = str(folder / "config.json"), f"osp.toml: [agents.{name}]"
+    with located(file):
+        if name in RESERVED or not NAME.fullmatch(name):
+            raise ConfigError(f"{name!r} cannot be a command: letters, digits, _ and - can")
+        declared = checked(read_json(folder), file, folder)
+    with located(place):
+        over = checked(table, place, folder)
+        for what in ("settings", "arguments"):
+            known = getattr(declared, what)
+            for key in getattr(over, what):
+                if known and key not in known:
+                    text = f"{place}: unknown {what[:-1]} {key!r}; known are {', '.join(known)}"
+                    raise ConfigError(text)
+        for key in over.arguments.keys() & declared.arguments.keys():
             kind = type(declared.arguments[key])
-            convert(said.arguments[key], kind, f"[agents] {folder.name}: arguments: {key}", folder)
-        settings = {**declared.settings, **said.settings}
-        arguments = {**declared.arguments, **said.arguments}
-        for key, default in arguments.items():
-            if not isinstance(default, str | int | float):
-                raise ConfigError(f"arguments: {key} must be a string, a number or a boolean")
-        settings = {key: resolved(value, environ) for key, value in settings.items()}
-    except (OSError, ValueError, ConfigError, RecursionError) as exc:
-        raise PluginLoadError(str(exc), type(exc).__name__, str(file)) from exc
-    top = {key: getattr(said, key) for key in overrides}
-    return replace(declared, **{**top, "settings": settings, "arguments": arguments})
+            convert(over.arguments[key], kind, f"{place}: arguments: {key}", folder)
+    settings = {**declared.settings, **over.settings}
+    for key, value in settings.items():
+        with located(place if key in over.settings else file):
+            settings[key] = resolved(value, environ)
+    merged = {key: getattr(over, key) for key in table}
+    merged |= {"settings": settings, "arguments": {**declared.arguments, **over.arguments}}
+    return replace(declared, **merged)
 
 
-def check_known(said: Settings, declared: Settings, what: str) -> None:
-    """Raise ConfigError for a key that config.json, which has such keys, does not have."""
-    for key in said:
-        if declared and key not in declared:
-            known = ", ".join(declared)
-            raise ConfigError(f"unknown {what} {key!r}; known are {known}")
+@contextmanager
+def located(where: str) -> Iterator[None]:
+    """Raise what is wrong with settings as a PluginLoadError that says where they stand."""
+    try:
+        yield
+    except (OSError, ValueError, ArithmeticError, RecursionError, ConfigError) as exc:
+        raise PluginLoadError(str(exc), type(exc).__name__, where) from exc
 
 
-def refusal(guard: Plugin) -> NotAllowed:
-    why = "cannot see this request" if guard.agent else "is not loaded"
-    return NotAllowed(f"the agent {guard.name} {why}, and nothing may pass without it")
-
-
-def promised(folder: Path, overrides: Any) -> AgentConfig:
-    """Return what can be made out of settings that are wrong: are they those of a guard?"""
+def read_json(folder: Path) -> Any:
     file = folder / "config.json"
-    text = ""
-    with suppress(OSError):  # there may be none, or it may not be read
-        text = file.read_text(encoding="utf-8", errors="replace")
-    table = overrides if isinstance(overrides, dict) else {}
+    return loads(file.read_bytes()) if os.path.lexists(file) else {}
 
-    enabled = table.get("enabled", not re.search(r'"enabled"\s*:\s*false', text))
-    always = table.get("always", bool(re.search(r'"always"\s*:\s*true', text)))
-    on_error = table.get("on_error", "abort" if '"abort"' in text else "skip")
+
+def checked(table: Any, where: str, folder: Path) -> AgentConfig:
+    """Return the settings in a table. Raises ConfigError for what cannot work."""
+    if not isinstance(table, dict):
+        raise ConfigError(f"{where}: the settings of an agent must be a table")
+    config = build(AgentConfig, table, where, folder)
+    for key, value in {"priority": config.priority, **config.arguments}.items():
+        if not isinstance(value, str | int | float):
+            raise ConfigError(f"{where}: arguments: {key} must be a string, a number or a boolean")
+        if isinstance(value, float) and not math.isfinite(value):
+            raise ConfigError(f"{where}: {key}: {value} is wrong here, it must be finite")
+    return config
+
+
+def guess(folder: Path, over: Any) -> AgentConfig:
+    """Guess from settings that are wrong whether they are a guard's: in doubt they are."""
+    try:
+        table = read_json(folder)
+    except (ValueError, RecursionError):  # no JSON: "abort" anywhere in it makes a guard
+        text = (folder / "config.json").read_bytes().replace(b"\0", b"").lower()
+        table = {"always": b"abort" in text, "on_error": "abort"}
+    except OSError:
+        table = {"always": True, "on_error": "abort"}
+    found: dict[str, Any] = {}
+    for each in (table, over):
+        found |= each if isinstance(each, dict) else {}
     return AgentConfig(
-        enabled=enabled is not False,
-        always=always is not False,
-        on_error="skip" if on_error == "skip" else "abort",
+        enabled=found.get("enabled") is not False,
+        always=found.get("always", False) is not False,
+        on_error="skip" if found.get("on_error", "skip") == "skip" else "abort",
     )
 
 
@@ -202,60 +255,6 @@ def resolved(value: Any, environ: Mapping[str, str]) -> Any:
     return environ[value[1:]]
 
 
-def command_of(name: str, plugin: Plugin) -> str:
-    command = (plugin.config.command or name).lower()
-    if command in RESERVED or not NAME.fullmatch(command):
-        text = f"{command!r} cannot be a command: letters, digits, _ and - can"
-        raise PluginLoadError(text, where=str(plugin.folder / "config.json"))
-    return command
-
-
-def load_error(exc: BaseException, folder: Path) -> PluginLoadError:
-    """Return `exc` as what `GET /plugins` shows: its type, and the plugin's own file and line."""
-    cause = exc.__cause__ or exc if isinstance(exc, PluginExecutionError) else exc
-    where = place_of(cause, folder) or str(folder / "agent.py")
-    kind = "PluginLoadError" if isinstance(cause, PluginExecutionError) else type(cause).__name__
-    return PluginLoadError(f"{cause}{cure(cause, folder)}", kind, where)
-
-
-def cure(exc: BaseException, folder: Path) -> str:
-    """Return what would mend the usual mistakes of an agent's author, or nothing."""
-    name = getattr(exc, "name", None) or ""
-    ours = getattr(vars(contract).get(name), "__module__", "") == contract.__name__
-    if isinstance(exc, NameError) and (ours or name in ("Message", "Payload")):
-        return f"; is `from kernel.agent import {name}` missing?"
-    if isinstance(exc, NameError) and name in sys.stdlib_module_names:
-        return f"; is `import {name}` missing?"
-    if isinstance(exc, ModuleNotFoundError):
-        first, _, inner = name.partition(".")
-        if first and ((folder / f"{first}.py").exists() or (folder / first).is_dir()):
-            return f"; what is beside agent.py is imported with a dot: from .{first} import ..."
-        if inner:
-            return f"; there is no {name.rpartition('.')[2]}.py there"
-        return f"; install it for the Python that runs the proxy: {sys.executable} -m pip install"
-    if (
-        isinstance(exc, TypeError)
-        and "__init__() missing" in str(exc)
-        and not place_of(exc, folder)
-    ):
-        return "; an agent is made without arguments, what it needs is in self.settings"
-    return ""
-
-
-def place_of(exc: BaseException | None, folder: Path) -> str:
-    """Return `file:line`, the last place inside of `folder` that an exception came through."""
-    if isinstance(exc, SyntaxError) and exc.filename:
-        return f"{exc.filename}:{exc.lineno}"
-    frames = traceback.extract_tb(exc.__traceback__ if exc else None)
-    inside = [f"{f.filename}:{f.lineno}" for f in frames if f.filename.startswith(str(folder))]
-    return inside[-1] if inside else ""
-
-
-def complain(event: str, plugin: Plugin, error: PluginLoadError) -> None:
-    fields = {"agent": plugin.name, "error": f"{error.kind}: {error}", "where": error.where}
-    logger.warning(event, extra={"fields": fields})
-
-
 def loaded(plugins: Mapping[str, Plugin]) -> list[str]:
     """Return the names of those that can be asked for."""
-    return [name for name, plugin in plugins.items() if plugin.agent]
+    return [name for name, plugin in plugins.items() if plugin.agent is not None]

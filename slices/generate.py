@@ -1,7 +1,6 @@
-"""Generate: what a model is asked in other ways than a chat, forwarded unread.
+"""Generate: what a model is asked in other ways than a chat, forwarded unread and without agents.
 
-POST /api/generate, /v1/completions, /v1/messages and /v1/responses. No agent takes part here: a
-completion has no conversation that could ask for one. Where a guard is set up it is refused, then.
+POST /api/generate and /v1/completions. Guards refuse them.
 """
 
 from __future__ import annotations
@@ -9,11 +8,8 @@ from __future__ import annotations
 from starlette.routing import Route
 
 from kernel.client import OllamaClient
-from kernel.forward import Forward
-from kernel.models import Presets
-from kernel.registry import PluginRegistry
+from kernel.guards import Forward, Guards
 
 
-def routes(client: OllamaClient, registry: PluginRegistry, presets: Presets) -> list[Route]:
-    paths = ("/api/generate", "/v1/completions", "/v1/messages", "/v1/responses")
-    return [Route(path, Forward(client, presets, registry), name=path) for path in paths]
+def routes(client: OllamaClient, guards: Guards) -> list[Route]:
+    return [Route(path, Forward(client, guards)) for path in ("/api/generate", "/v1/completions")]

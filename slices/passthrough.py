@@ -1,26 +1,16 @@
 """Pass-through: every path that no other slice has, with every method, forwarded unread.
 
-It is the router's default and no route, so that no path escapes it: a pattern would miss `*`, a
-newline that was percent-encoded, and whatever a client may think of next.
+It is the router's default and no route, so that no path escapes it: a pattern would miss `*`, an
+escaped newline, and other forms. Guards refuse what may carry text to a model.
 """
 
 from __future__ import annotations
 
-from functools import partial
+from starlette.types import ASGIApp
 
-from starlette.types import ASGIApp, Receive, Scope, Send
-
-from kernel import relay
 from kernel.client import OllamaClient
-from kernel.errors import UpstreamError
+from kernel.guards import Forward, Guards
 
 
-def endpoint(client: OllamaClient) -> ASGIApp:
-    return partial(passthrough, client)
-
-
-async def passthrough(client: OllamaClient, scope: Scope, receive: Receive, send: Send) -> None:
-    try:
-        await relay.forward(client, scope, relay.Upload(scope, receive), receive, send)
-    except UpstreamError as exc:
-        await relay.refuse(scope, send, exc)
+def endpoint(client: OllamaClient, guards: Guards) -> ASGIApp:
+    return Forward(client, guards)

@@ -1,36 +1,52 @@
 """Plugins: GET /plugins, every agent, loaded, disabled or failed, and why.
 
-Of an error its type, file and line are shown; its text is in the log, because it may hold a secret.
+The text of an error may name a path or a value of the settings: it is shown to those who have a
+key and, where none is set up, to this machine. Others see its type, file and line.
 """
 
 from __future__ import annotations
 
+import ipaddress
 from functools import partial
 from typing import Any
 
 from starlette.requests import Request
-from starlette.responses import JSONResponse
+from starlette.responses import Response
 from starlette.routing import Route
+from starlette.types import Scope
 
-from kernel.log import cors_headers
+from kernel.dialects import dumps
+from kernel.foreign import safe_text
+from kernel.log import info
 from kernel.metrics import Metrics
 from kernel.plugin import Plugin
 from kernel.registry import PluginRegistry
 
 
-def routes(registry: PluginRegistry, metrics: Metrics) -> list[Route]:
+def routes(registry: PluginRegistry, *, metrics: Metrics | None = None) -> list[Route]:
     endpoint = partial(plugins, registry, metrics)
     return [Route("/plugins", endpoint, methods=["GET"], name="plugins")]
 
 
-async def plugins(registry: PluginRegistry, metrics: Metrics, request: Request) -> JSONResponse:
-    listed = [described(name, plugin, metrics) for name, plugin in registry.plugins.items()]
-    return JSONResponse({"plugins": listed}, headers=cors_headers(request.scope))
+async def plugins(registry: PluginRegistry, metrics: Metrics | None, request: Request) -> Response:
+    operator = is_operator(request.scope)
+    listed = [about(name, p, metrics, operator) for name, p in registry.plugins.items()]
+    body = dumps({"plugins": listed})  # also escapes what UTF-8 cannot say, in a folder's name
+    return Response(body, media_type="application/json")
 
 
-def described(name: str, plugin: Plugin, metrics: Metrics) -> dict[str, Any]:
-    config = plugin.config
-    facts: dict[str, Any] = {
+def is_operator(scope: Scope) -> bool:
+    """Tell whether a request has a key or, as no key is needed, comes from this machine."""
+    if info(scope).user:
+        return True
+    address = ipaddress.ip_address(scope["client"][0]) if scope["client"] else None
+    address = getattr(address, "ipv4_mapped", None) or address
+    return bool(address and address.is_loopback)
+
+
+def about(name: str, plugin: Plugin, metrics: Metrics | None, operator: bool) -> dict[str, Any]:
+    config, error = plugin.config, plugin.error
+    shown: dict[str, Any] = {
         "name": name,
         "status": plugin.status,
         "description": plugin.description,
@@ -39,11 +55,14 @@ def described(name: str, plugin: Plugin, metrics: Metrics) -> dict[str, Any]:
         "hooks": plugin.hooks,
         "always": config.always,
         "priority": config.priority,
-        "models": list(config.models),
+        "models": config.models,
         "on_error": config.on_error,
-        "progress": plugin.agent.progress if plugin.agent else "",
-        "counts": metrics.agent(plugin.name),
+        "exempt": config.exempt,
+        "progress": safe_text(lambda: getattr(plugin.agent, "progress", "")),
     }
-    if plugin.error:
-        facts["error"] = {"type": plugin.error.kind, "where": plugin.error.where}
-    return facts
+    if metrics:
+        shown["counts"] = metrics.agent(plugin.name)
+    if error:
+        shown["error"] = {"type": error.kind, "where": error.where}
+        shown["error"] |= {"text": str(error)} if operator else {}
+    return shown

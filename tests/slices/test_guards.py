@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import re
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -23,7 +24,16 @@ from kernel.server import SETTINGS
 from tests.support import DONE, FakeOllama, done, event, line, running, said, turn, write_agent
 
 CHATS = ["/api/chat", "/v1/chat/completions"]
-UNSEEN = ["/api/generate", "/v1/completions", "/v1/messages", "/v1/responses"]
+ASKS = [  # where `model` says which model is asked
+    "/api/generate", "/v1/completions", "/api/embed", "/api/embeddings", "/v1/embeddings",
+    "/v1/images/generations",
+]  # fmt: skip
+OTHERS = [
+    "/api/create", "/api/copy", "/api/blobs/sha256:00", "/api/experimental/web_search",
+    "/v1/audio/transcriptions", "/v1/messages/count_tokens", "/api/later", "/", "/api/chat/",
+    "//api/chat", "/api/x/%2e%2e/chat", "/API/CHAT",
+]  # fmt: skip
+UNSEEN = [*ASKS, *OTHERS]
 PLAIN = json.dumps(turn("x")).encode()
 UNREADABLE = [
     b"\xef\xbb\xbf" + PLAIN,
@@ -40,6 +50,7 @@ UNREADABLE = [
     gzip.compress(PLAIN),
     PLAIN.replace(b'"x"', b'"' + b"x" * 4096 + b'"'),
 ]
+TWICE = [PLAIN[:-1] + b',"model":"demo"}', PLAIN[:-1] + b',"input":"secret","input":[]}']
 DOUBTFUL = [
     *UNREADABLE,
     PLAIN.replace(b'"messages"', b'"Messages"'),
@@ -60,7 +71,7 @@ LOADS: list[tuple[str, dict[str, Any]]] = [
     ("/api/chat", {"model": "demo", "messages": [], "keep_alive": 0, "stream": True}),
 ]
 
-ASKS = """
+ASKS_CODE = """
 class Privacy(BaseAgent):
     async def on_request(self, payload):
         return add_system(payload, "seen")
@@ -78,22 +89,23 @@ ANSWERS = {
 }
 
 
-def write_guard(folder: Path, code: str = ASKS, **config: Any) -> Path:
+def write_guard(folder: Path, code: str = ASKS_CODE, **config: Any) -> Path:
     return write_agent(folder, "privacy", code, **{"always": True, "on_error": "abort"} | config)
 
 
 def refusal(path: str, why: str = "cannot see this request") -> tuple[int, Any]:
     text = f"the agent privacy {why}, and nothing may pass without it"
-    if path.startswith("/api"):
+    if not path.startswith("/v1/"):
         return 403, {"error": text}
-    if path == "/v1/messages":
+    if path.startswith("/v1/messages"):
         error = {"type": "permission_error", "message": text}
         return 403, {"type": "error", "error": error}
     return 403, {"error": {"message": text, "type": "api_error", "param": None, "code": None}}
 
 
 def got(answer: httpx.Response) -> tuple[int, Any]:
-    return answer.status_code, answer.json()
+    """Return status and body of an error, without the cure that its text ends with."""
+    return answer.status_code, json.loads(re.sub(r'; (\\.|[^"])*"', '"', answer.text))
 
 
 @asynccontextmanager
@@ -118,7 +130,7 @@ async def passing(
 async def test_a_guard_sees_a_chat_and_its_answer(
     demo_url: str, plugins: Path, path: str, stream: bool
 ) -> None:
-    write_guard(plugins, ASKS + RESPONDS.split("\n", 2)[2])
+    write_guard(plugins, ASKS_CODE + RESPONDS.split("\n", 2)[2])
 
     async with running(demo_url, plugins) as client:
         answer = await client.post(path, json=turn("hi", stream=stream))
@@ -131,8 +143,9 @@ async def test_what_is_no_chat_is_refused_in_its_dialect(
     ollama: FakeOllama, ollama_url: str, plugins: Path, path: str
 ) -> None:
     write_guard(plugins)
-    bodies = [json.dumps({"model": "demo", "prompt": "x"}).encode(), *DOUBTFUL, b""]
+    bodies = [json.dumps({"model": "demo", "prompt": "x"}).encode(), *DOUBTFUL, *TWICE, b""]
     spelt = [path, path.replace("a", "%61"), path.replace("e", "%65"), f"{path}?beta=true"]
+    spelt = spelt[:1] if path == "//api/chat" else spelt  # what httpx takes for a host
 
     async with running(ollama_url, plugins, server=LIMIT) as client:
         for target in spelt:
@@ -184,7 +197,7 @@ async def test_without_a_guard_all_of_that_passes(
     assert sent[:-2] == DOUBTFUL
 
 
-@pytest.mark.parametrize("code", [ASKS, "raise RuntimeError"])
+@pytest.mark.parametrize("code", [ASKS_CODE, "raise RuntimeError"])
 async def test_a_guard_that_is_left_out_is_none(
     ollama: FakeOllama, ollama_url: str, plugins: Path, code: str
 ) -> None:
@@ -200,7 +213,7 @@ async def test_a_guard_that_is_left_out_is_none(
         for path in [*UNSEEN, *CHATS]:
             await client.post(url + path, content=PLAIN)
 
-    assert [asked.body for asked in ollama.asked] == [PLAIN] * 6
+    assert [asked.body for asked in ollama.asked] == [PLAIN] * len([*UNSEEN, *CHATS])
 
 
 FALSE: list[tuple[str, dict[str, Any]]] = [
@@ -229,7 +242,7 @@ async def test_an_answer_that_a_guard_may_not_edit_is_refused(
 async def test_a_guard_of_requests_has_no_say_in_answers(
     ollama: FakeOllama, ollama_url: str, plugins: Path
 ) -> None:
-    write_guard(plugins, ASKS)
+    write_guard(plugins, ASKS_CODE)
 
     async with passing(ollama, ollama_url, plugins) as client:
         for path, fields in FALSE:
@@ -298,7 +311,7 @@ async def test_an_error_of_ollama_and_an_answer_without_say_pass_a_guard(
     async with running(ollama_url, plugins) as client:
         error = await client.post(path, json=turn("x"))
 
-    write_agent(plugins.parent / "asks", "privacy", ASKS, always=True, on_error="abort")
+    write_agent(plugins.parent / "asks", "privacy", ASKS_CODE, always=True, on_error="abort")
     ollama.answers(packed, kind="application/json", headers=encoded)
     async with running(ollama_url, plugins.parent / "asks") as client:
         answer = await client.post(path, json=turn("x"))
@@ -316,19 +329,21 @@ NOT_LOADED: dict[str, tuple[str, str, dict[str, Any]]] = {
         f"{{{GUARDING}}}",
         {},
     ),
-    "comma": (ASKS, f"{{{GUARDING},}}", {}),
-    "compact": (ASKS, '{"always":true,"on_error":"abort",}', {}),
-    "spaces": (ASKS, '{"always" :  true,\n "on_error"\t: "abort",}', {}),
-    "cut": (ASKS, f'{{{GUARDING}, "settings": {{', {}),
-    "unknown key": (ASKS, f'{{{GUARDING}, "modells": ["m"]}}', {}),
-    "wrong type": (ASKS, f'{{{GUARDING}, "timeout": "long"}}', {}),
-    "command": (ASKS, f'{{{GUARDING}, "command": "a b"}}', {}),
-    "variable": (ASKS, f'{{{GUARDING}, "settings": {{"key": "$NOPE"}}}}', {}),
-    "table": (ASKS, f"{{{GUARDING}}}", {"timeout": "long"}),
-    "table key": (ASKS, f"{{{GUARDING}}}", {"allways": True}),
-    "table alone": (ASKS, "{}", {"always": True, "on_error": "abort", "k": 1}),
-    "table always": (ASKS, f"{{{GUARDING}}}", {"always": "true"}),
-    "table on_error": (ASKS, f"{{{GUARDING}}}", {"on_error": "Abort"}),
+    "comma": (ASKS_CODE, f"{{{GUARDING},}}", {}),
+    "compact": (ASKS_CODE, '{"always":true,"on_error":"abort",}', {}),
+    "spaces": (ASKS_CODE, '{"always" :  true,\n "on_error"\t: "abort",}', {}),
+    "cut": (ASKS_CODE, f'{{{GUARDING}, "settings": {{', {}),
+    "unknown key": (ASKS_CODE, f'{{{GUARDING}, "modells": ["m"]}}', {}),
+    "wrong type": (ASKS_CODE, f'{{{GUARDING}, "timeout": "long"}}', {}),
+    "command": (ASKS_CODE, f'{{{GUARDING}, "command": "a b"}}', {}),
+    "variable": (ASKS_CODE, f'{{{GUARDING}, "settings": {{"key": "$NOPE"}}}}', {}),
+    "table": (ASKS_CODE, f"{{{GUARDING}}}", {"timeout": "long"}),
+    "table key": (ASKS_CODE, f"{{{GUARDING}}}", {"allways": True}),
+    "table alone": (ASKS_CODE, "{}", {"always": True, "on_error": "abort", "k": 1}),
+    "table always": (ASKS_CODE, f"{{{GUARDING}}}", {"always": "true"}),
+    "UTF-16": (ASKS_CODE, f"{{{GUARDING}}}", {}),
+    "a folder": (ASKS_CODE, "", {}),
+    "table on_error": (ASKS_CODE, f"{{{GUARDING}}}", {"on_error": "Abort"}),
 }
 
 
@@ -337,7 +352,11 @@ async def test_while_a_guard_is_not_loaded_nothing_passes(
     ollama: FakeOllama, ollama_url: str, plugins: Path, how: str
 ) -> None:
     code, config, table = NOT_LOADED[how]
-    (write_agent(plugins, "privacy", code) / "config.json").write_text(config, encoding="utf-8")
+    file = write_agent(plugins, "privacy", code) / "config.json"
+    if how == "a folder":
+        file.mkdir()
+    else:
+        file.write_text(config, encoding="utf-16" if how == "UTF-16" else "utf-8")
     ollama.answers(b"{}", kind="application/json")
 
     async with running(ollama_url, plugins, agents={"privacy": table}) as client:
@@ -373,7 +392,7 @@ async def test_a_guard_that_is_disabled_is_none_even_where_its_settings_are_wron
             await client.post(path, json=turn("x", prompt="x"))
 
 
-@pytest.mark.parametrize("code", [ASKS, RESPONDS, "raise RuntimeError"])
+@pytest.mark.parametrize("code", [ASKS_CODE, RESPONDS, "raise RuntimeError"])
 async def test_loading_and_unloading_a_model_passes_a_guard(
     ollama: FakeOllama, ollama_url: str, plugins: Path, code: str
 ) -> None:
@@ -405,7 +424,7 @@ async def test_what_only_looks_like_loading_is_refused(
     ollama.answers(b"{}", kind="application/json")
 
     async with running(ollama_url, plugins) as client:
-        for body in NO_LOADS:
+        for body in NO_LOADS if path == "/api/generate" else [*NO_LOADS, b'{"model":"demo"}']:
             assert got(await client.post(path, content=body)) == refusal(path), body
 
     assert ollama.asked == []
@@ -416,13 +435,12 @@ async def test_what_asks_no_model_for_text_passes_a_guard(
 ) -> None:
     write_guard(plugins, "raise RuntimeError")
     requests = [
-        ("POST", "/api/embed", b'{ "model":"demo","input":"x"}'),
-        ("POST", "/api/embeddings", b"\xff"),
-        ("POST", "/v1/embeddings", b'{"model":"demo","input":"x"} '),
         ("POST", "/api/show", b'{"Model":"demo"}'),
-        ("POST", "/api/copy", b'{"source":"demo"}'),
+        ("POST", "/api/pull", b'{ "model":"demo"}'),
+        ("POST", "/api/push", b"\xff"),
+        ("POST", "/api/me", b""),
+        ("POST", "/api/signout", b""),
         ("DELETE", "/api/delete", b'{"model":"demo"}'),
-        ("POST", "/v1/messages/count_tokens", b'{"model":"demo"}'),
         ("GET", "/api/tags", b""),
         ("GET", "/v1/models", b""),
         ("GET", "/v1/models/demo", b""),
@@ -459,7 +477,7 @@ async def test_a_guard_of_some_models_is_asked_for_those_however_they_are_spelt(
     ollama.answers(b"{}", kind="application/json")
 
     async with running(ollama_url, plugins) as client:
-        for path in UNSEEN:
+        for path in ASKS:
             refused = await client.post(path, json={"model": name, "prompt": "x"})
             assert got(refused) == refusal(path)
         await client.post("/api/chat", json=turn("x") | {"model": name})
@@ -467,47 +485,129 @@ async def test_a_guard_of_some_models_is_asked_for_those_however_they_are_spelt(
     assert [asked.json["messages"][0]["content"] for asked in ollama.asked] == ["seen"]
 
 
-@pytest.mark.parametrize("code", [ASKS, "raise RuntimeError"])
+@pytest.mark.parametrize("code", [ASKS_CODE, "raise RuntimeError"])
 async def test_other_models_pass_it_and_what_cannot_be_read_does_not(
     ollama: FakeOllama, ollama_url: str, plugins: Path, code: str
 ) -> None:
     write_guard(plugins, code, models=["demo", "private-*"])
-    why = "cannot see this request" if code == ASKS else "is not loaded"
+    why = "cannot see this request" if code == ASKS_CODE else "is not loaded"
 
     async with passing(ollama, ollama_url, plugins) as client:
-        for path in [*UNSEEN, *CHATS]:
+        for path in [*ASKS, *CHATS]:
             for name in ("other", "demo:1b", "me/demo", "demonstration"):
                 await client.post(path, json=turn("x", prompt="x") | {"model": name})
                 assert ollama.asked[-1].json["model"] == name
     async with running(ollama_url, plugins, server=LIMIT) as client:
-        for path in [*UNSEEN, *CHATS]:
-            for body in DOUBTFUL if path in CHATS else UNREADABLE:
+        for path in [*ASKS, *CHATS]:
+            for body in DOUBTFUL if path in CHATS else [*UNREADABLE, *TWICE]:
                 body = body.replace(b'"demo"', b'"other"')
                 assert got(await client.post(path, content=body)) == refusal(path, why), body
             for name in ("demo", "private-1"):
-                if path in UNSEEN or code != ASKS:
+                if path in ASKS or code != ASKS_CODE:
                     bound = await client.post(path, json=turn("x") | {"model": name})
                     assert got(bound) == refusal(path, why)
 
 
-async def test_a_guard_is_asked_for_the_model_that_a_preset_stands_for(
+async def test_a_guard_is_asked_for_a_preset_and_for_the_model_that_it_stands_for(
     ollama: FakeOllama, ollama_url: str, plugins: Path
 ) -> None:
     write_guard(plugins, models=["demo"])
-    presets = {"fast": {"model": "demo"}, "demo": {"model": "other"}}
+    presets = {"fast": {"model": "demo"}, "demo": {"model": "other"}, "free": {"model": "other"}}
     ollama.answers(line("a"), done())
 
     async with running(ollama_url, plugins, presets=presets) as client:
-        for path in UNSEEN:
-            refused = await client.post(path, json={"model": "fast", "prompt": "x"})
-            assert got(refused) == refusal(path)
-            await client.post(path, json={"model": "demo", "prompt": "x"})
-            assert ollama.asked[-1].json == {"model": "other", "prompt": "x"}
-        for name in ("fast", "fast+privacy", "demo"):
+        for path in ASKS:
+            for name in ("fast", "demo"):
+                refused = await client.post(path, json={"model": name, "prompt": "x"})
+                assert got(refused) == refusal(path)
+            await client.post(path, json={"model": "free", "prompt": "x"})
+            assert ollama.asked.pop().json == {"model": "free", "prompt": "x"}
+        for name in ("fast", "demo", "free"):
             await client.post("/api/chat", json=turn("x") | {"model": name})
 
-    first = [asked.json["messages"][0]["content"] for asked in ollama.asked[len(UNSEEN) :]]
+    first = [asked.json["messages"][0]["content"] for asked in ollama.asked]
     assert first == ["seen", "seen", "x"]
+
+
+async def test_what_is_judged_is_what_is_sent(
+    ollama: FakeOllama, ollama_url: str, plugins: Path
+) -> None:
+    write_guard(plugins, models=["demo"])
+    body = b' { "model" : "m\\u0061x", "prompt" : "\xc3\xa4", "n": 1e2 } '
+
+    async with passing(ollama, ollama_url, plugins) as client:
+        for path in ASKS:
+            await client.post(path, content=body)
+        await client.post("/api/generate", content=b'{ "model": "demo" }')
+
+    *asked, loaded = [asked.body for asked in ollama.asked]
+    assert set(asked) == {'{"model":"max","prompt":"ä","n":100.0}'.encode()}
+    assert loaded == b'{"model":"demo"}'
+
+
+@pytest.mark.parametrize("path", OTHERS)
+async def test_where_the_model_is_not_the_one_that_is_asked_every_guard_is(
+    ollama: FakeOllama, ollama_url: str, plugins: Path, path: str
+) -> None:
+    write_guard(plugins, models=["demo"])
+
+    async with running(ollama_url, plugins) as client:
+        answer = await client.post(path, json={"model": "new", "from": "demo", "system": "x"})
+
+    assert got(answer) == refusal(path) and ollama.asked == []
+
+
+EXEMPT = ["/api/embed", "/api/blobs/"]
+OPEN = ["/api/embed", "/api/embed?x=y", "/api/%65mbed", "/api/blobs/sha256:00"]
+CLOSED = ["/api/embeddings", "/api/embed/", "/api/embed/%2e%2e/create", "//api/embed",
+          "/api/generate", "/api/blobs/%2e%2e/create", "/api/blobs%2F..%2Fcreate", "/API/embed",
+          "/v1/embeddings"]  # fmt: skip
+
+
+@pytest.mark.parametrize("code", [ASKS_CODE, "raise RuntimeError"])
+async def test_a_guard_may_exempt_paths_whose_bodies_then_pass_as_they_are(
+    ollama: FakeOllama, ollama_url: str, plugins: Path, code: str
+) -> None:
+    write_guard(plugins, code, exempt=EXEMPT)
+    body = b'{"input":"x","input":[],"Model":NaN}'
+
+    async with passing(ollama, ollama_url, plugins) as client:
+        for path in OPEN:
+            await client.post(path, content=body)
+    assert [asked.body for asked in ollama.asked] == [body] * len(OPEN)
+    async with running(ollama_url, plugins) as client:
+        for path in CLOSED:
+            assert (await client.post(path, content=body)).status_code == 403, path
+
+    write_agent(plugins, "second", ASKS_CODE, always=True, on_error="abort")
+    async with running(ollama_url, plugins) as client:
+        for path in OPEN:
+            assert (await client.post(path, content=body)).status_code == 403, path
+    assert len(ollama.asked) == len(OPEN)
+
+
+@pytest.mark.parametrize("method", ["PUT", "PATCH", "PROPFIND", "TRACE"])
+async def test_no_other_method_passes_a_guard(
+    ollama: FakeOllama, ollama_url: str, plugins: Path, method: str
+) -> None:
+    write_guard(plugins)
+
+    async with running(ollama_url, plugins) as client:
+        answer = await client.request(method, "/api/later", content=PLAIN)
+
+    assert got(answer) == refusal("/api/later") and ollama.asked == []
+
+
+async def test_a_refusal_names_the_cure(ollama_url: str, plugins: Path) -> None:
+    write_guard(plugins)
+
+    async with running(ollama_url, plugins) as client:
+        embed = await client.post("/api/embed", json={"model": "demo", "input": "x"})
+        chat = await client.post("/api/chat", content=b"\xff")
+
+    cure = 'exempt = ["/api/embed"] under [agents.privacy] in osp.toml'
+    assert embed.json()["error"].endswith(f"use a chat endpoint, or allow this path: {cure}")
+    assert chat.json()["error"].endswith("send a chat in plain JSON, without logprobs or a format")
 
 
 @pytest.mark.parametrize("path", CHATS)

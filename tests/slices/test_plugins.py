@@ -5,8 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 
+import demo
+import osp
+from kernel.config import AccessConfig, Config, PluginsConfig, ServerConfig, UpstreamConfig
+from kernel.server import SETTINGS
 from tests.support import running, turn, write_agent
 
 NOTE = """
@@ -30,13 +35,14 @@ async def listed(upstream: str, plugins: Path, *asked: str) -> dict[str, dict[st
         for text in asked:
             await client.post("/api/chat", json=turn(text))
         answer = await client.get("/plugins")
-    assert answer.status_code == 200 and "sesame" not in answer.text
+    assert answer.status_code == 200
     return {about["name"]: about for about in answer.json()["plugins"]}
 
 
 async def test_an_agent_that_is_loaded_is_described(demo_url: str, plugins: Path) -> None:
     config = {"arguments": {"text": "", "n": 2}, "models": ["llama*"], "settings": {"k": "sesame"}}
-    folder = write_agent(plugins, "note", NOTE, always=True, priority=1, **config)
+    exempt = ["/api/embed"]
+    folder = write_agent(plugins, "note", NOTE, always=True, priority=1, exempt=exempt, **config)
 
     about = (await listed(demo_url, plugins))["note"]
 
@@ -51,94 +57,84 @@ async def test_an_agent_that_is_loaded_is_described(demo_url: str, plugins: Path
         "priority": 1,
         "models": ["llama*"],
         "on_error": "skip",
+        "exempt": exempt,
         "progress": "",
         "counts": {"activated": 0, "failures": 0},
     }
 
 
-async def test_what_setup_began_is_followed(demo_url: str, plugins: Path) -> None:
-    code = "class It(BaseAgent):\n    def setup(self): self.progress = '2 of 3 files'"
-    write_agent(plugins, "index", code)
-
-    about = (await listed(demo_url, plugins))["index"]
-
-    assert about["progress"] == "2 of 3 files"
-
-
-async def test_a_disabled_agent_is_listed(demo_url: str, plugins: Path) -> None:
-    write_agent(plugins, "note", "1 / 0", enabled=False, description="Adds notes")
-
-    about = (await listed(demo_url, plugins))["note"]
-
-    assert (about["status"], about["description"]) == ("disabled", "Adds notes")
-    assert "error" not in about
-
-
 @pytest.mark.parametrize(
-    ("code", "kind", "where"),
+    ("progress", "shown"),
     [
-        ("raise RuntimeError('sesame')", "RuntimeError", "agent.py:4"),
-        ("class A(BaseAgent)  # sesame", "SyntaxError", "agent.py:4"),
-        ("import sesame", "ModuleNotFoundError", "agent.py:4"),
-        ("raise SystemExit('sesame')", "SystemExit", "agent.py:4"),
-        ("sesame = 1", "PluginLoadError", "agent.py"),
-        (
-            "class A(BaseAgent):\n    def setup(self):\n        {}['sesame']",
-            "KeyError",
-            "agent.py:6",
-        ),
-        (
-            "class A(BaseAgent):\n    async def setup(self):\n        raise Reply('sesame')",
-            "Reply",
-            "6",
-        ),
-        ("from .helper import x", "ZeroDivisionError", "helper.py:2"),
+        ("'2 of 3 files'", "2 of 3 files"),
+        ("__import__('pathlib').Path('x')", "x"),
+        ("'\\ud800'", "\ud800"),
+        ("type('T', (str,), {'__str__': lambda self: 1 / 0})('x')", ""),
     ],
 )
-async def test_a_failed_agent_says_type_file_and_line_and_not_the_text(
-    demo_url: str, plugins: Path, code: str, kind: str, where: str
+async def test_the_progress_of_setup_is_shown_whatever_it_is(
+    demo_url: str, plugins: Path, progress: str, shown: str
 ) -> None:
-    folder = write_agent(plugins, "wrong", code)
-    (folder / "helper.py").write_text("sesame = 0\nx = 1 / sesame\n")
-    write_agent(plugins, "note", NOTE)
+    code = f"class It(BaseAgent):\n    def setup(self): self.progress = {progress}"
+    write_agent(plugins, "index", code)
 
-    agents = await listed(demo_url, plugins)
-
-    assert agents["note"]["status"] == "loaded"
-    assert agents["wrong"]["status"] == "failed"
-    assert set(agents["wrong"]["error"]) == {"type", "where"}
-    assert agents["wrong"]["error"]["type"] == kind
-    assert agents["wrong"]["error"]["where"].endswith(where)
+    assert (await listed(demo_url, plugins))["index"]["progress"] == shown
 
 
-@pytest.mark.parametrize("text", ['{"sesame": 1}', '{"timeout": "sesame"}', '{"sesame"', "[1]"])
-async def test_a_wrong_config_is_where_the_error_is(
-    demo_url: str, plugins: Path, text: str
+FAILS = "class It(BaseAgent):\n    def setup(self):\n        raise ValueError('sesame')"
+WRONG = "class A(BaseAgent):\n    def on_request(self, payload): 1 / 0"
+
+
+@pytest.mark.parametrize("address", ["127.0.0.1", "::1", "::ffff:127.0.0.1", "192.0.2.7", ""])
+@pytest.mark.parametrize("user", ["", "someone"])
+async def test_the_text_of_an_error_is_for_who_has_a_key_or_is_on_this_machine(
+    demo_url: str, plugins: Path, address: str, user: str
 ) -> None:
-    folder = write_agent(plugins, "note", NOTE)
-    (folder / "config.json").write_text(text)
+    folder = write_agent(plugins, "bad", FAILS)
+    keys = ("key",) if user else ()
+    headers = {"authorization": "Bearer key"} if user else {}
+    config = Config(
+        server=ServerConfig(data=plugins.parent / "data"),
+        upstream=UpstreamConfig(url=demo_url),
+        plugins=PluginsConfig(dirs=(plugins,)),
+        access=AccessConfig(keys=keys),
+    )
+    app = osp.create_app(config)
 
-    about = (await listed(demo_url, plugins))["note"]
+    async def seen_from(scope: Any, receive: Any, send: Any) -> None:
+        scope = {**scope, "client": (address, 1) if address else None}
+        await app(scope, receive, send)
 
-    assert about["status"] == "failed"
-    assert about["error"]["where"].startswith(str(folder / "config.json"))
+    async with demo.serve(seen_from, **SETTINGS) as url, httpx.AsyncClient() as client:
+        (about,) = (await client.get(f"{url}/plugins", headers=headers)).json()["plugins"]
+
+    error = {"type": "ValueError", "where": f"{folder}/agent.py:6"}
+    operator = user or address.endswith("1")
+    assert about["error"] == (error | {"text": "sesame"} if operator else error)
 
 
-async def test_a_second_agent_of_one_command_is_listed_as_failed(
+async def test_disabled_and_second_agents_are_listed_with_what_config_says(
     demo_url: str, plugins: Path
 ) -> None:
-    write_agent(plugins, "note", NOTE)
-    second = write_agent(plugins, "other", NOTE, command="note")
+    write_agent(plugins, "note", "1 / 0", enabled=False, description="Adds \ud800 notes")
+    (plugins / "bad_agent").mkdir()
+    (plugins / "bad_agent" / "config.json").write_text("[1]")
+    second = write_agent(plugins, "x", NOTE).rename(plugins / "note")
 
     agents = await listed(demo_url, plugins)
 
-    assert [about["status"] for about in agents.values()] == ["loaded", "failed"]
-    assert list(agents) == ["note", f"note ({second})"]
+    shown = {name: (about["status"], about["description"]) for name, about in agents.items()}
+    assert shown == {
+        "bad": ("failed", ""),
+        "note": ("loaded", "Adds a note."),
+        f"note ({plugins / 'note_agent'})": ("failed", ""),
+    }
+    assert agents["note"]["folder"] == str(second)
 
 
 async def test_what_an_agent_did_is_counted(demo_url: str, plugins: Path) -> None:
     write_agent(plugins, "note", NOTE, arguments={"text": ""})
-    write_agent(plugins, "wrong", "class A(BaseAgent):\n    def on_request(self, payload): 1 / 0")
+    write_agent(plugins, "wrong", WRONG)
 
     agents = await listed(demo_url, plugins, "/note x", "/note /wrong x", "x")
 
