@@ -1,25 +1,32 @@
-"""Agent: the contract that plugins are written against, and all of ours that they import.
+"""Agent: the contract that plugins are written against, and all that they import of the proxy.
 
 An agent is a folder in `plugins/` whose `agent.py` defines one subclass of `BaseAgent`. Every hook
-is optional; `def` instead of `async def` is fine, it runs in a thread. What a hook assigns to
-`self` stays in that request; what `setup` put there is shared by all, and read. First comes the
-class, then what a hook may raise, then `Context`, then helpers for payloads in both dialects.
+is optional; a `def` hook runs in a thread. What a hook assigns to `self` stays in that request;
+what `setup` made is shared by all requests. First comes the class, then what a hook may raise, then
+`Context`, then helpers for payloads, which are the same in every dialect.
 """
 
 from __future__ import annotations
 
 import logging
+import re
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from kernel.client import OllamaClient
+from kernel.errors import UpstreamError
 
-Payload = dict[str, Any]  # the body of a chat, in the client's dialect
-Message = dict[str, Any]
+# Authors import all they need from here.
+from kernel.text import beginning as beginning
+from kernel.text import fold as fold
+from kernel.text import index_words as index_words
+from kernel.text import telling_words as telling_words
+
+Payload = dict[str, Any]  # a chat: "model", "messages", and every other key as the client sent it
+Message = dict[str, Any]  # {"role", "content"}; the content is text or a list of parts
 
 
 class BaseAgent:
@@ -28,14 +35,14 @@ class BaseAgent:
     settings: Mapping[str, Any]  # the operator's, from config.json and osp.toml
     arguments: Mapping[str, Any]  # what this request asked for, defaults filled in, types checked
     context: Context  # this request
-    innermost: bool = False  # next to the model: last to see the request, first to see the answer
-    last: bool = False  # to see the request, but for the innermost, and to see the answer
-    progress: str = ""  # of what `setup` began: set it on `self` there, GET /plugins shows it
+    innermost: bool = False  # runs last on the request and first on the answer (a cache)
+    last: bool = False  # runs after all others in both directions, but for innermost ones (redact)
+    progress: str = ""  # a status line for GET /plugins; set it in setup()
     _data_dir: Path
 
     @property
     def data_dir(self) -> Path:
-        """A folder of its own for what it keeps, made on first use."""
+        """A folder for what the agent keeps, made on first use."""
         self._data_dir.mkdir(parents=True, exist_ok=True)
         return self._data_dir
 
@@ -59,30 +66,32 @@ class BaseAgent:
         return ""
 
     async def teardown(self) -> None:
-        """Close what `setup` opened; called once, when the last request has ended."""
+        """Close what `setup` opened; called once, when the proxy stops."""
 
 
 class Reply(Exception):
-    """Raise `Reply("text")` in a hook to answer without the model."""
+    """Raise `Reply("text")` in a hook to answer without the model.
 
-    def __init__(self, text: str) -> None:
-        super().__init__(text)
+    `text` may also be an async iterator of pieces, which then streams.
+    """
+
+    def __init__(self, text: str | AsyncIterator[str]) -> None:
+        super().__init__("an answer without the model")
         self.text = text
 
 
 class Abort(Exception):
     """Raise `Abort(403, "why")` in a hook to refuse the request; the status is 400 to 599."""
 
-    def __init__(self, status: int, why: str) -> None:
-        if not 400 <= status <= 599:
-            raise ValueError(f"Abort: {status} is no error status, 400 to 599 are")
+    def __init__(self, status: int, why: str, headers: Mapping[str, str] | None = None) -> None:
         super().__init__(why)
         self.status = status
         self.why = why
+        self.headers = dict(headers or {})
 
 
 class Clock:
-    """A hook's time limit, in seconds, which stands still while the hook waits for the model."""
+    """A hook's time limit, in seconds; it stands still while the hook waits for the model."""
 
     def __init__(self, limit: float) -> None:
         self.limit = limit
@@ -97,7 +106,7 @@ class Clock:
         return self._left - (0 if self._waiting else time.monotonic() - self._since)
 
     @contextmanager
-    def standing(self) -> Iterator[None]:
+    def paused(self) -> Iterator[None]:
         """Stop the clock inside the block; blocks may overlap."""
         self._left, self._waiting = self.left(), self._waiting + 1
         try:
@@ -107,64 +116,158 @@ class Clock:
             self._since = time.monotonic()
 
 
-# A change of these makes Ollama load the model anew (api.Runner in its sources), so what an agent
-# asks of the request's own model is asked with the request's own.
-RUNNER_OPTIONS = ("num_ctx", "num_batch", "num_gpu", "main_gpu", "use_mmap", "num_thread")
+@dataclass(frozen=True, slots=True)
+class Stream:
+    """Tells whether the client gets a stream; called, it asks the model for one."""
+
+    wanted: bool
+    ask: Callable[..., AsyncIterator[str]]
+
+    def __bool__(self) -> bool:
+        return self.wanted
+
+    def __call__(
+        self, messages: list[Message], model: str | None = None, **options: Any
+    ) -> AsyncIterator[str]:
+        return self.ask(messages, model, **options)
+
+
+# A change of one of these makes Ollama load the model anew (api.Runner and the llama server's
+# options in its sources), so what an agent asks the request's model has the request's own values.
+RUNNER_OPTIONS = (
+    *("num_ctx", "num_batch", "num_gpu", "main_gpu", "use_mmap", "num_thread"),
+    "draft_num_predict",
+)
+RUNNER_FIELDS = ("keep_alive", "shift")
+FIELDS = ("think", "format", "tools", "truncate", "logprobs", "top_logprobs")  # not the model's
 
 
 @dataclass(slots=True, kw_only=True)
 class Context:
-    """One request, as one agent sees it."""
+    """One request, as one agent sees it: values, and copies of what others can change."""
 
     request_id: str
-    dialect: str  # "ollama" or "openai"
-    stream: bool
-    asked: bool  # by the client; else the agent is always on
-    user: str  # one name for each of `access.keys`; "" where no key is needed
+    model: str
+    dialect: str  # "ollama", "openai", "anthropic" or "responses"
+    streams: bool  # the client gets a stream
+    asked: bool  # by the client itself; else the agent is always on, or stands in a preset
+    continuation: bool  # the turn goes on after a tool's result: nothing new was asked
+    user: str  # a name for each access key; "" where no key is needed
+    prompt: str  # what the user typed, without commands
+    explaining: bool  # under /explain: have no side effects
+    agents: tuple[str, ...] = ()  # the names of those that take part, in their order
+    finish: str = ""  # in on_response and on_end: stop, length, tool_calls; "": nobody knows
     state: dict[str, Any]  # shared by the agents of this request
     log: logging.LoggerAdapter[logging.Logger]
-    payload: Payload = field(repr=False)  # as the client sent it, less the commands
-    client: OllamaClient = field(repr=False)
+    runner: Payload = field(default_factory=dict, repr=False)  # of RUNNER_FIELDS and "options"
+    ask: Callable[[str, Payload], Awaitable[Any]] = field(repr=False)  # path, body -> JSON
+    listen: Callable[[Payload], AsyncIterator[str]] = field(repr=False)  # body -> pieces of text
     clock: Clock = field(default_factory=lambda: Clock(0), repr=False)
 
-    @property
-    def model(self) -> str:
-        return str(self.payload["model"])
-
-    @property
-    def continuation(self) -> bool:
-        """Tell whether the turn goes on after a tool's result: then nothing new was asked."""
-        return not is_user(self.payload["messages"][-1])
-
     async def chat(self, messages: list[Message], model: str | None = None, **options: Any) -> str:
-        """Ask the model, without agents, and return the text of its answer.
+        """Ask the model, without this request's agents but through its guards; return the text.
 
-        `messages` are Ollama's ({"role", "content", "images"?}). `think`, `format` and `tools` are
-        fields of the request, all other options are the model's (`temperature=0`). Raises
-        UpstreamError. Not for `on_chunk`: there the model is busy with the answer itself.
+        `messages` are Ollama's ({"role", "content", "images"?}). `think` and `format` are fields of
+        the request, other options are the model's (`temperature=0`). Raises UpstreamError, also
+        when the answer was cut off at the context's end, unless `num_predict` limited it. Not for
+        `on_chunk`: there the model is busy with the answer itself.
         """
-        fields = {key: options.pop(key) for key in ("think", "format", "tools") if key in options}
-        body = {"messages": messages, "stream": False, "think": False} | fields
-        answer = await self._ask("/api/chat", model, body, options)
-        return str(answer["message"]["content"])
+        if "tools" in options:
+            raise TypeError("context.chat returns text only; context.message takes tools")
+        return str((await self.message(messages, model, **options)).get("content") or "")
+
+    async def message(
+        self, messages: list[Message], model: str | None = None, **options: Any
+    ) -> Message:
+        """Ask as `chat` does; return the message: "content", "tool_calls"?, "thinking"?."""
+        body = self._body(messages, model, options)
+        with self.clock.paused():
+            answer = await self.ask("/api/chat", body | {"stream": False})
+        check_whole(answer, body)
+        return dict(answer["message"])
+
+    @property
+    def stream(self) -> Stream:
+        """True if the client gets a stream; `stream(messages)` asks, and yields text in pieces."""
+        return Stream(self.streams, self._pieces)
+
+    async def _pieces(
+        self, messages: list[Message], model: str | None = None, **options: Any
+    ) -> AsyncIterator[str]:
+        pieces = self.listen(self._body(messages, model, options) | {"stream": True})
+        while True:
+            with self.clock.paused():
+                piece = await anext(pieces, None)
+            if piece is None:
+                return
+            yield piece
 
     async def embed(self, texts: list[str], model: str | None = None) -> list[list[float]]:
         """Return one vector for each text. Raises UpstreamError."""
-        answer = await self._ask("/api/embed", model, {"input": texts}, {})
-        return list(answer["embeddings"])
+        body = self._same_runner(model) | {"input": texts}
+        with self.clock.paused():
+            return list((await self.ask("/api/embed", body))["embeddings"])
 
-    async def _ask(self, path: str, model: str | None, body: Payload, options: Payload) -> Any:
-        if model in (None, self.model):
-            asked = self.payload.get("options") or {}
-            options = {key: asked[key] for key in RUNNER_OPTIONS if key in asked} | options
-            body |= {key: self.payload[key] for key in ("keep_alive",) if key in self.payload}
-        with self.clock.standing():
-            body |= {"model": model or self.model, "options": options}
-            return await self.client.ask(path, body)
+    def _body(self, messages: list[Message], model: str | None, options: Payload) -> Payload:
+        fields = {key: options.pop(key) for key in FIELDS if key in options}
+        body = self._same_runner(model) | {"messages": messages, "think": False} | fields
+        return body | {"options": body.get("options", {}) | options}
+
+    def _same_runner(self, model: str | None) -> Payload:
+        own = self.runner if model in (None, self.model) else {}
+        return {**own, "model": model or self.model}
+
+
+def check_whole(answer: Payload, body: Payload) -> None:
+    """Raise UpstreamError for an answer that the context's end cut off."""
+    if answer.get("done_reason") == "length" and "num_predict" not in body["options"]:
+        raise UpstreamError("the model's context was full before its answer was complete")
+
+
+# Helpers for payloads
+
+TEXT = ("text", "input_text", "output_text")  # the types of parts that hold text
+REMINDER = re.compile(r"(?s)\s*(?:<system-reminder>.*</system-reminder>\s*)+")  # Claude Code's own
+
+
+def text_parts(message: Message) -> list[Message]:
+    """Return the parts of a message that hold text; a plain text is one part of its own."""
+    content = message.get("content")
+    if not isinstance(content, list):
+        return [{"type": "text", "text": content or ""}]
+    return [part for part in content if part.get("type") in TEXT and part.get("text")]
+
+
+def text_of(message: Message) -> str:
+    """Return all text of a message, its parts joined by blank lines."""
+    return "\n\n".join(str(part["text"]) for part in text_parts(message))
+
+
+def typed_part(message: Message) -> Message | None:
+    """Return the last part with text that a person, and not the client, wrote."""
+    parts = [part for part in text_parts(message) if not REMINDER.fullmatch(part["text"])]
+    return parts[-1] if parts else None
 
 
 def is_user(message: Message) -> bool:
-    return str(message.get("role")).lower() == "user"  # Ollama lowers roles, too
+    """Tell whether a person says something in a message: tool results are no such thing."""
+    if str(message.get("role")).lower() != "user":  # Ollama lowers roles, too
+        return False
+    content = message.get("content")
+    results = isinstance(content, list) and any(p.get("type") == "tool_result" for p in content)
+    return typed_part(message) is not None if results else True
+
+
+def user_texts(payload: Payload) -> Iterator[str]:
+    """Yield each text that stands in a message of the user; the payload may be malformed."""
+    for message in payload.get("messages") or []:
+        if isinstance(message, dict) and str(message.get("role")).lower() == "user":
+            content = message.get("content")
+            if isinstance(content, str):
+                yield content
+            elif isinstance(content, list):
+                texts = [p.get("text") for p in content if isinstance(p, dict)]
+                yield from (text for text in texts if isinstance(text, str))
 
 
 def last_user(payload: Payload) -> Message | None:
@@ -173,41 +276,42 @@ def last_user(payload: Payload) -> Message | None:
     return next(filter(is_user, reversed(messages)), None)
 
 
-def text_part(message: Message) -> Message | None:
-    """Return the first text of a content that is a list of parts."""
-    return next((part for part in message["content"] if part.get("type") == "text"), None)
-
-
-def text_of(message: Message) -> str:
-    """Return a message's text; of a list of parts the first text is meant."""
-    content = message.get("content")
-    if isinstance(content, list):
-        return str((text_part(message) or {}).get("text", ""))
-    return content or ""
-
-
-def set_text(message: Message, text: str) -> None:
-    """Replace a message's text; images and other parts stay."""
-    if not isinstance(message.get("content"), list):
-        message["content"] = text
-    elif part := text_part(message):
-        part["text"] = text
-    else:
-        message["content"].insert(0, {"type": "text", "text": text})
-
-
 def prompt(payload: Payload) -> str:
-    """Return the text of the last user message, without its commands."""
+    """Return all text of the last user message, without its commands."""
     return text_of(last_user(payload) or {})
 
 
 def set_prompt(payload: Payload, text: str) -> Payload:
-    """Replace the text of the last user message; without one, add one."""
+    """Replace all text of the last user message; without one, add one. Images stay."""
     message = last_user(payload)
     if message is None:
         message = {"role": "user"}
         payload["messages"].append(message)
-    set_text(message, text)
+    content = message.get("content")
+    if not isinstance(content, list):
+        message["content"] = text
+        return payload
+    kept = typed_part(message) or {"type": "text"}
+    others = [part for part in content if part.get("type") not in TEXT]
+    at = next((n for n, part in enumerate(content) if part is kept), 0)
+    before = sum(part.get("type") not in TEXT for part in content[:at])
+    message["content"] = [*others[:before], kept | {"text": text}, *others[before:]]
+    return payload
+
+
+def add_context(payload: Payload, text: str) -> Payload:
+    """Put text before what the user typed, a blank line between."""
+    return put_before(payload, f"{text}\n\n")
+
+
+def put_before(payload: Payload, text: str) -> Payload:
+    """Put text directly before what the user typed."""
+    message = last_user(payload)
+    part = typed_part(message) if message else None
+    if message is None or part is None:
+        return set_prompt(payload, text)
+    holder, key = (part, "text") if isinstance(message["content"], list) else (message, "content")
+    holder[key] = f"{text}{holder[key] or ''}"
     return payload
 
 
@@ -217,6 +321,47 @@ def add_system(payload: Payload, text: str) -> Payload:
     return payload
 
 
-def add_context(payload: Payload, text: str) -> Payload:
-    """Put text before that of the last user message, a blank line between."""
-    return set_prompt(payload, f"{text}\n\n{prompt(payload)}")
+# Keys whose values no model reads: names that must match others, switches, and encoded bytes.
+NOT_TEXT = frozenset(
+    "model type id tool_call_id tool_use_id call_id item_id status stream keep_alive effort"
+    " tool_choice media_type detail truncation service_tier encoding_format cache_control"
+    " images image_url data file_data encrypted_content signature".split()
+)
+ROLES = ("system", "user", "assistant", "tool", "developer")
+
+
+def map_texts(payload: Payload, change: Callable[[str], str]) -> Payload:
+    """Return the payload with `change` applied to each text of it that a model may read.
+
+    Those are messages and their parts, tool calls and results, tools with their names,
+    descriptions and schemas, response formats, stop words, and every key that is not known here.
+    """
+    return {key: _mapped(key, value, change) for key, value in payload.items()}
+
+
+def texts(payload: Payload) -> list[str]:
+    """Return every text of the payload that `map_texts` would change."""
+    found: list[str] = []
+
+    def note(text: str) -> str:
+        found.append(text)
+        return text
+
+    map_texts(payload, note)
+    return found
+
+
+def _mapped(key: str, value: Any, change: Callable[[str], str]) -> Any:
+    if key in NOT_TEXT or (key == "role" and str(value).lower() in ROLES):
+        return value
+    if isinstance(value, str):
+        return change(value) if value else value
+    if isinstance(value, list):
+        return [_mapped("", item, change) for item in value]
+    if isinstance(value, dict):
+        named = key in ("properties", "arguments", "input", "$defs", "definitions")  # free names
+        return {
+            change(k) if named and k else k: _mapped("" if named else k, v, change)
+            for k, v in value.items()
+        }
+    return value

@@ -1,524 +1,585 @@
-"""Chat: POST /api/chat and POST /v1/chat/completions, where agents take part.
+"""Chat: the chat endpoints of every dialect, where agents take part.
 
-A request is parsed, and **touched** only if an agent is in play, a known command leads a user
-message, or the header or the model's suffix asks for something. All else goes to Ollama as the
-client's own bytes. A touched one is read into a `Turn`, its request hooks run, and the answer goes
-through the response hooks while it comes (`kernel/editor.py`). Read this file downwards: it is the
-way of a request.
+A request is **touched** if an agent is in play: always on for its model, or asked for by a preset,
+the header X-OSP-Agents or a command. All other requests go to Ollama as the client's own bytes. A
+touched one is read into a `Turn`; its request hooks run, it is written and sent, and the answer
+goes through the response hooks while it comes (`kernel/editor.py`). Read this file downwards: it is
+the way of a request.
 """
 
 from __future__ import annotations
 
-import copy
-import difflib
+import asyncio
 import json
 import logging
-import re
-from asyncio import create_task, gather
-from collections import defaultdict
-from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field, replace
 from functools import partial
-from itertools import chain
 from typing import Any
 
 from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
 
-from kernel import relay
-from kernel.agent import Context, Message, Payload, Reply, is_user, last_user, set_text, text_of
+from kernel import dialects, errors, relay
+from kernel.agent import (
+    REMINDER,
+    RUNNER_FIELDS,
+    RUNNER_OPTIONS,
+    Context,
+    Message,
+    Payload,
+    Reply,
+    is_user,
+    last_user,
+    put_before,
+    text_of,
+    text_parts,
+    typed_part,
+    user_texts,
+)
 from kernel.client import OllamaClient
-from kernel.commands import EXPLAIN, Command, Grammar, help_text, parse_arguments, unavailable
+from kernel.commands import (
+    EXPLAIN,
+    HELP,
+    Command,
+    Grammar,
+    help_text,
+    parse_arguments,
+    unavailable,
+)
 from kernel.config import ChainConfig, CommandsConfig
 from kernel.connection import Answer, Headers
-from kernel.dialects import (
-    JSON,
-    OLLAMA,
-    OPENAI,
-    Dialect,
-    FrameSplitter,
-    dumps,
-    error_object,
-    loads,
-)
+from kernel.dialects import Dialect
+from kernel.dialects.every import DIALECTS
 from kernel.editor import Editor, Stage
-from kernel.errors import (
-    Aborted,
-    BadRequest,
-    BrokenAnswer,
-    NotAllowed,
-    PluginExecutionError,
-    UpstreamError,
-)
-from kernel.log import facts
+from kernel.guards import is_loading
+from kernel.hooks import Run, wrong
+from kernel.log import info
 from kernel.metrics import Metrics
-from kernel.models import Presets
-from kernel.plugin import Plugin, refusal
-from kernel.registry import PluginRegistry
-from kernel.run import ALONE, Run, notice, wrong
+from kernel.plugin import Plugin
+from kernel.presets import Presets
+from kernel.registry import PluginRegistry, refusal
+
+logger = logging.getLogger(__name__)
 
 AGENTS = b"x-osp-agents"
-# Headers of a request that no longer fit when its body has changed
-REPLACED = (b"content-length", b"accept-encoding", AGENTS)
-MODEL = re.compile(rb'"model"\s*:\s*"([^"\\+]+)"')
-KNOWN_KEYS = frozenset(
-    "model messages stream format keep_alive tools options think logprobs top_logprobs"
-    " response_format stream_options role content images tool_calls tool_name tool_call_id".split()
-)
-Trace = list[tuple["Run", bytes, bytes]]
-LONGEST = 300  # signs of what is no text: an image, say
+REPLACED = (b"content-length", b"accept-encoding")  # they no longer fit when the body has changed
+SAFE = ("GET", "HEAD", "DELETE", "OPTIONS")  # they carry no text
+ALONE = "agents joined by & may only add system messages, and text before the prompt"
+PAUSE = 0.2  # seconds behind its head after which a stream's own head does not wait for a frame
+LONGEST = 300  # characters that /explain shows of a value without text: an image, say
+OLLAMA = Dialect()  # the dialect in which agents ask
+
+Trace = list[tuple[Run, bytes, bytes]]  # an agent's run, and the payload before and after it
 
 
 def routes(
     client: OllamaClient,
     registry: PluginRegistry,
-    metrics: Metrics,
-    presets: Presets,
     chain: ChainConfig,
     commands: CommandsConfig,
+    *,
+    metrics: Metrics | None = None,
+    presets: Presets | None = None,
+    max_body: int = 2**25,
 ) -> list[Route]:
-    def typed(name: str) -> bool:
-        return name in registry.plugins and registry.plugins[name].config.typed
-
-    grammars = Grammar(commands.prefix, typed), Grammar("/", lambda name: name in registry.plugins)
-    routes = []
-    for path, dialect in (("/api/chat", OLLAMA), ("/v1/chat/completions", OPENAI)):
-        reader = TurnReader(client, registry, metrics, dialect, *grammars, presets, chain.timeout)
-        chat = Chat(client, reader, dialect, chain.notice, presets.max_body)
-        routes.append(Route(path, chat, name=path))
-    return routes
+    """Return one route for each dialect; chats of more than `max_body` bytes are not read."""
+    known = registry.plugins.__contains__
+    grammars = Grammar(commands.prefix, known), Grammar("/", known)
+    parts = (
+        client,
+        registry,
+        metrics or Metrics(),
+        presets or Presets({}),
+        *grammars,
+        commands.prefix,
+    )
+    chats = [Chat(dialect, *parts, chain, max_body) for dialect in DIALECTS]
+    return [Route(chat.dialect.path, chat, name=chat.dialect.path) for chat in chats]
 
 
 @dataclass(frozen=True, slots=True)
 class Chat:
     """The endpoint of one dialect."""
 
-    client: OllamaClient
-    reader: TurnReader
     dialect: Dialect
-    notice: bool
+    client: OllamaClient
+    registry: PluginRegistry
+    metrics: Metrics
+    presets: Presets
+    typed: Grammar
+    slashes: Grammar  # of the header and of presets
+    prefix: str
+    chain: ChainConfig
     max_body: int
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        upload = relay.Upload(scope, receive)
         turn: Turn | None = None
         try:
-            if scope["method"] == "POST":
-                turn = await self.read(upload, scope)
+            turn = await self.read(scope, receive)
             if turn is None:
-                return await relay.forward(self.client, scope, upload, receive, send)
-            plugins = [run.plugin for run in turn.runs]
-            with self.reader.registry.lease(plugins), relay.Watch(receive, after=upload):
-                last = await self.answer(turn, scope, send)
-            await relay.send_end(send, last)
-        except (BadRequest, NotAllowed, Aborted, UpstreamError) as exc:
-            await relay.refuse(scope, send, exc, marks(turn, failed=exc.status >= 500))
+                return await relay.forward(self.client, scope, receive, send)
+            await self.answer(turn, scope, send)
+        except (errors.BadRequest, errors.NotAllowed, errors.Aborted, errors.UpstreamError) as exc:
+            if turn:
+                turn.stop()  # an agent that has not run yet never will
+            await relay.refuse(scope, send, exc, turn.headers(exc) if turn else [])
         finally:
             if turn:
-                facts(scope).agents = summary(turn.runs)
+                info(scope).agents = turn.summary()
 
-    async def read(self, upload: relay.Upload, scope: Scope) -> Turn | None:
-        """Return what is asked for; None: the request goes to Ollama as it is."""
-        if facts(scope).foreign:
-            body = None  # it gets no agent, whatever it asks for
+    # 1. What does the request ask for?
+
+    async def read(self, scope: Scope, receive: Receive) -> Turn | None:
+        """Return the turn of a touched request, None for one that is forwarded as it is.
+
+        Raises BadRequest for an unknown agent or a wrong argument in header or preset, and
+        NotAllowed where a guard would not see the whole request.
+        """
+        if scope["method"] in SAFE:
+            return None
+        body, guarded = None, bool(self.registry.guards(None))
+        if scope["method"] == "POST" and not info(scope).foreign:
+            body = await relay.Upload.of(scope, receive).read(self.max_body)
+        request, payload = self.parse(body, strict=guarded)
+        if payload is None:
+            self.registry.check_guards(None)
+            return None
+        model = info(scope).model = request["model"]
+        if self.dialect.is_load(payload):
+            if guarded and not is_loading(request):
+                self.registry.check_guards(self.presets.names(model))
+            return Turn(self, request, payload, scope) if guarded else None
+        preset = self.presets.find(model)
+        header = self.spelled("X-OSP-Agents", info(scope).commands)
+        standing = self.spelled(f"the preset {model}", preset.agents) if preset else []
+        always = self.registry.always(self.presets.names(model))
+        if not (header or standing or always or guarded or self.is_typed(payload)):
+            return None
+        request, payload = self.parse(body, strict=True)
+        if payload is None:
+            return None
+        self.check_guards(request)
+        return self.turn(Turn(self, request, payload, scope), header, standing, always)
+
+    def parse(self, body: bytes | None, *, strict: bool) -> tuple[Payload, Payload | None]:
+        """Return a request and its payload; None: Ollama could interpret it differently than we do.
+
+        Whether a command may stand in it is seen without the strict checks, which cost time.
+        """
+        try:
+            request = (dialects.loads_once if strict else dialects.loads)(body or b"")
+            payload = self.dialect.read(request)
+            if strict:
+                self.dialect.check(payload)
+            if not (isinstance(request["model"], str) and is_list(payload.get("messages"))):
+                return {}, None
+            return request, payload
+        except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
+            return {}, None
+
+    def spelled(self, source: str, text: str | None) -> list[Command]:
+        """Return the commands of a header or a preset. Raises BadRequest for anything else."""
+        commands, rest = self.slashes.split(text or "")
+        if rest.strip():
+            names = ", ".join(f"/{name}" for name in self.registry.plugins) or "none"
+            raise errors.BadRequest(f"{source}: {rest!r} is no known agent; known are: {names}")
+        return commands
+
+    def is_typed(self, payload: Payload) -> bool:
+        """Tell whether a command leads a text of the user; log a near miss."""
+        text = ""
+        for text in user_texts(payload):
+            if self.typed.split(text)[1] != text:
+                return True
+        if near := self.typed.near(text):
+            fields = {"hint": f"did you mean {self.prefix}{near}?"}
+            logger.info("no command", extra={"fields": fields})
+        return False
+
+    def check_guards(self, request: Payload) -> None:
+        """Raise NotAllowed unless each guard is loaded and may edit the answer if it wants to."""
+        for guard in self.registry.guards(self.presets.names(request["model"])):
+            if guard.agent is None or (guard.responds and not self.may_edit(guard, request)):
+                raise refusal(guard)
+
+    def may_edit(self, plugin: Plugin, request: Payload) -> bool:
+        """Tell whether a plugin's response hooks leave the answer true."""
+        structured = self.dialect.is_structured(request) and not plugin.config.structured
+        return not (structured or has_logprobs(request))
+
+    def turn(
+        self, turn: Turn, header: list[Command], standing: list[Command], always: list[Plugin]
+    ) -> Turn:
+        """Fill in who takes part, or what the proxy itself answers; `standing` are the preset's."""
+        typed = self.strip(turn)
+        turn.asked = {command.name for command in [*header, *typed]}
+        commands = [*header, *standing, *typed]
+        turn.explain = any(command.name == EXPLAIN for command in commands)
+        turn.commands = unique([c for c in commands if c.name not in (EXPLAIN, HELP)])
+        about = [command.arguments for command in commands if command.name == HELP]
+        if about:
+            turn.say(self.help(about[0]))
         else:
-            body = await upload.read(self.max_body)
-        return self.reader.read(body, scope)
+            self.enlist(turn, always, {(c.name, c.arguments) for c in [*header, *standing]})
+        return turn
 
-    async def answer(self, turn: Turn, scope: Scope, send: Send) -> bytes:
-        """Run the request hooks, get an answer, send it, and return its last bytes."""
-        if turn.reply is None and turn.runs:
+    def strip(self, turn: Turn) -> list[Command]:
+        """Take the commands out of every text of the user; return those of the last message.
+
+        The model never learns to type them, and its prompt cache keeps hitting.
+        """
+        last, messages = last_user(turn.payload), turn.payload["messages"]
+        commands: list[Command] = []
+        for message in filter(is_user, messages):
+            parts = text_parts(message)
+            split = [self.typed.split(part["text"]) for part in parts]
+            leads = next((n for n, (found, _) in enumerate(split) if found), None)
+            if message is last:
+                commands = split[leads][0] if leads is not None else []
+                turn.prompt = joined(split[leads or 0 :])
+            for part, (_, rest) in zip(parts, split, strict=True):
+                part["text"] = rest
+            replace_texts(message, parts)
+        speaking = [m for m in messages if str(m.get("role")) not in ("system", "developer")]
+        turn.continuation = not speaking or not is_user(speaking[-1])
+        return commands
+
+    def enlist(self, turn: Turn, always: list[Plugin], spelled: set[tuple[str, str]]) -> None:
+        """Fill in the runs, or the reply where a command cannot be obeyed."""
+        commands = {command.name: command for command in turn.commands}
+        asked = [self.registry.plugins[name] for name in commands]
+        plugins = [*always, *(plugin for plugin in asked if plugin not in always)]
+        for plugin in sorted(plugins, key=order):
+            command = commands.get(plugin.name)
+            try:
+                arguments = arguments_of(plugin, command)
+            except errors.BadRequest as exc:
+                if command and (command.name, command.arguments) in spelled:
+                    raise
+                turn.say(f"{exc}\n\n{self.help(plugin.name)}")
+                return turn.runs.clear()  # no other agent changes this
+            turn.enlist(plugin, arguments, command, always)
+        for run in turn.runs:
+            run.context.agents = tuple(each.plugin.name for each in turn.runs)
+
+    def help(self, name: str) -> str:
+        plugins = self.registry.plugins
+        return help_text([plugins[name]] if name else plugins.values(), self.prefix)
+
+    # 2. Run the request hooks, and get an answer
+
+    async def answer(self, turn: Turn, scope: Scope, send: Send) -> None:
+        if turn.reply is None:
             await self.prepare(turn)
         if turn.reply is not None:
             return await self.send_reply(turn, turn.reply, scope, send)
         self.check_model(turn)
-        body = dumps(turn.payload)
+        body = dialects.dumps(self.dialect.write(turn.payload, turn.request))
         headers = [p for p in relay.request_headers(scope, self.client) if p[0] not in REPLACED]
         headers.append((b"accept-encoding", b"identity"))
-        answer = await self.client.forward("POST", relay.target_of(scope), headers, body)
-        async with aclosing(answer):
-            return await self.send_answer(turn, answer, scope, send)
+        target = relay.target_of(scope)
+        async with aclosing(await self.client.forward("POST", target, headers, body)) as answer:
+            await self.send_answer(turn, answer, scope, send)
+
+    async def prepare(self, turn: Turn) -> None:
+        """Run the request hooks: they change the payload, or reply. Raises Aborted."""
+        trace: Trace = []
+        try:
+            turn.payload = await run_requests(turn, trace)
+        except Reply as reply:
+            turn.reply = reply.text
+            trace += [(run, b"", b"") for run in turn.runs if run.outcome == "reply"]
+        if turn.explain:
+            said = None if turn.reply is None else "".join([p async for p in pieces(turn.reply)])
+            turn.say(await asyncio.to_thread(explanation, trace, turn.payload, said))
+        elif turn.reply is None and turn.commands and is_bare(turn.payload):
+            turn.say(self.help(turn.commands[0].name))
 
     def check_model(self, turn: Turn) -> None:
         """Raise NotAllowed where an agent chose a model whose guard has not seen the request."""
-        model, seen = turn.payload.get("model"), [run.plugin for run in turn.runs]
-        for guard in self.reader.registry.guards(model if isinstance(model, str) else None):
+        seen = [run.plugin for run in turn.runs]
+        for guard in self.registry.guards(self.presets.names(turn.payload["model"])):
             if turn.runs and guard not in seen:
                 raise refusal(guard)
 
-    async def prepare(self, turn: Turn) -> None:
-        """Run the request hooks: they change the payload, or reply."""
-        trace: Trace = []
-        turn.payload, turn.reply = await run_requests(turn.runs, turn.payload, trace)
-        if turn.explain:
-            turn.reply = explanation(trace, turn.payload, turn.reply)
-            for run in turn.runs:
-                run.due = False  # the model has said nothing
-        elif turn.reply is None and turn.commands and is_bare(turn.payload):
-            turn.reply = self.reader.help(turn.commands[0].name)
+    # 3. Send the answer
 
-    async def send_answer(self, turn: Turn, answer: Answer, scope: Scope, send: Send) -> bytes:
-        """Relay Ollama's answer, edited where agents have a say in it."""
-        kind = answer.header(b"content-type")
-        streams = kind.startswith(self.dialect.stream_type)
-        editor = self.editor(turn, whole=not streams)
-        editable = answer.status == 200 and (streams or kind.startswith(JSON))
-        editable = editable and not answer.header(b"content-encoding")
-        for run in turn.runs:
-            if (
-                answer.status == 200
-                and not editable
-                and run.plugin.is_guard
-                and run.plugin.responds
-            ):
-                raise refusal(run.plugin)
-        if editor is None or not editable:
-            return await relay.relay(answer, send, marks(turn))
+    async def send_answer(self, turn: Turn, answer: Answer, scope: Scope, send: Send) -> None:
+        """Relay Ollama's answer, edited where agents have a part in it."""
+        streams = self.dialect.wants_stream(turn.request)
+        editor = turn.editor(whole=not streams) if answer.status == 200 else None
+        if editor is None:
+            return await relay.relay(answer, scope, send, turn.headers())
+        if answer.header(b"content-encoding"):
+            editor.unread()
+            return await relay.relay(answer, scope, send, turn.headers())
+        batches = frames_of(answer, self.dialect) if streams else whole_of(answer)
         headers = [p for p in relay.response_headers(answer) if p[0] != b"content-length"]
-        if not streams:
-            body = b"".join([chunk async for chunk in answer])
-            return await send_whole(turn, headers, await editor.edit_whole(body), send)
-        await relay.start(send, answer.status, [*headers, *marks(turn)])
-        try:
-            return await self.send_frames(frames_of(answer, self.dialect), editor, scope, send)
-        except UpstreamError as exc:
-            raise BrokenAnswer(str(exc)) from exc
+        info(scope).relayed = True
+        flows = not (editor.guarded or await answer.arrives(PAUSE))
+        await self.send(turn, editor, headers, batches, scope, send, flows=flows)
 
-    async def send_reply(self, turn: Turn, text: str, scope: Scope, send: Send) -> bytes:
-        """Send an answer that no model gave, in the client's dialect."""
-        if not turn.takes_replies(self.dialect):
-            raise BadRequest(text)
-        kind, frames = self.dialect.answer(turn.asked, text)
-        headers = [(b"content-type", kind), *facts(scope).cors]
-        streams = kind == self.dialect.stream_type
-        editor = self.editor(turn, whole=not streams) or Editor(self.dialect, [], [])
-        if not streams:
-            return await send_whole(turn, headers, await editor.edit_whole(frames[0]), send)
-        await relay.start(send, 200, [*headers, *marks(turn)])
-        return await self.send_frames(iterate(frames), editor, scope, send)
+    async def send_reply(
+        self, turn: Turn, reply: str | AsyncIterator[str], scope: Scope, send: Send
+    ) -> None:
+        """Send an answer that no model gave. What the proxy itself says no agent changes."""
+        if self.dialect.is_structured(turn.request):
+            raise errors.BadRequest("".join([piece async for piece in pieces(reply)]))
+        streams = self.dialect.wants_stream(turn.request)
+        editor = turn.editor(whole=not streams) or Editor(
+            self.dialect, [], turn.request, str, whole=not streams
+        )
+        kind = self.dialect.stream_type if streams else self.dialect.whole_type
+        batches = reply_frames(self.dialect, turn.request, pieces(reply), streams=streams)
+        await self.send(turn, editor, [(b"content-type", kind)], batches, scope, send)
 
-    async def send_frames(
-        self, batches: AsyncIterator[list[bytes]], editor: Editor, scope: Scope, send: Send
-    ) -> bytes:
-        """Send a stream's frames, edited, and return what stands at its end.
+    async def send(
+        self,
+        turn: Turn,
+        editor: Editor,
+        headers: Headers,
+        batches: AsyncIterator[list[bytes]],
+        scope: Scope,
+        send: Send,
+        *,
+        flows: bool = False,
+    ) -> None:
+        """Send frames, edited. The head leaves at once (`flows`) or with the first of them: what a
+        guard must see, or an agent says, can be refused until then.
 
-        Frames that came together go together, unless an agent may keep the later ones waiting.
+        Frames that came together go together, unless an agent makes the later ones wait. Raises
+        BrokenAnswer.
         """
         done: list[bytes] = []
+        started = False
+
+        async def flush() -> None:
+            nonlocal started
+            if not started:
+                started = True
+                length = [(b"content-length", b"%d" % len(done[0]))] if editor.whole else []
+                await relay.start(send, 200, [*headers, *length, *turn.headers()])
+            if done and not editor.whole:
+                chunk = b"".join(done)
+                done.clear()
+                await relay.send_chunk(send, chunk)
+
+        for run in turn.runs:
+            run.waiting = None if editor.whole else flush
+        if flows and not editor.whole:
+            await flush()
         try:
-            async for frames in batches:
-                for frame in frames:
+            async for batch in batches:
+                for frame in batch:
                     done += await editor.edit(frame)
-                    if editor.waits and done:
-                        await relay.send_chunk(send, b"".join(done))
-                        done.clear()
                 if done:
-                    await relay.send_chunk(send, b"".join(done))
-                    done.clear()
+                    await flush()
             done += await editor.end()
-        except Aborted as exc:
-            # The status is long gone: an error frame, and then the end.
-            done.append(self.dialect.encode(error_object(scope["path"], exc.status, str(exc))))
-        return b"".join(done)
+        except (errors.Aborted, errors.NotAllowed, errors.UpstreamError) as exc:
+            if not started:
+                raise
+            if isinstance(exc, errors.UpstreamError):
+                done += await editor.release()
+                await flush()
+                raise errors.BrokenAnswer(str(exc)) from exc
+            error = dialects.error_object(scope["path"], exc.status, str(exc))
+            done.append(self.dialect.encode_error(error))  # the status is long gone
+        if not started:
+            await flush()
+        await relay.send_end(send, b"".join(done))
 
-    def editor(self, turn: Turn, *, whole: bool) -> Editor | None:
-        """Return what edits the answer, or None where it must or may stay as it is."""
-        order = response_order(turn.runs)
-        order = [run for run in order if edits(run.plugin, turn.asked, self.dialect)]
-        prose = turn.takes_replies(self.dialect) and not turn.asked.get("logprobs")
-        noticed = turn.runs if self.notice and prose else []
-        if not order and not notice(noticed):
-            return None
-        return Editor(self.dialect, [Stage(run, whole=whole) for run in order], noticed)
+    # What agents ask on their own: Ollama's dialect, through the guards
 
+    async def ask(self, turn: Turn, path: str, body: Payload) -> Any:
+        """POST `body` to Ollama for an agent, through the guards; return the JSON of the answer."""
+        texts = body.get("input")
+        if texts is not None:
+            body = {k: v for k, v in body.items() if k != "input"} | {"messages": as_users(texts)}
+        inner = self.guarded_turn(turn, body)
+        await self.prepare(inner)
+        if inner.reply is not None:
+            text = "".join([piece async for piece in pieces(inner.reply)])
+            return OLLAMA.whole(OLLAMA.head(body), text)
+        if texts is not None:
+            seen = [text_of(message) for message in inner.payload.pop("messages")]
+            return await self.client.ask(path, inner.payload | {"input": seen})
+        answer = await self.client.ask(path, inner.payload)
+        editor = inner.editor(whole=True)
+        return dialects.loads((await editor.edit(dialects.dumps(answer)))[0]) if editor else answer
 
-def marks(turn: Turn | None, *, failed: bool = False) -> Headers:
-    """Return our own headers: what the agents did, and that SDKs shall not repeat a failure."""
-    if turn is None or not turn.runs:
-        return []
-    said = [(AGENTS, summary(turn.runs).encode())]
-    return [*said, (b"x-should-retry", b"false")] if failed else said
+    async def listen(self, turn: Turn, body: Payload) -> AsyncIterator[str]:
+        """Ask as `ask` does, and yield the pieces of the text."""
+        inner = self.guarded_turn(turn, body)
+        await self.prepare(inner)
+        if inner.reply is not None:
+            async for piece in pieces(inner.reply):
+                yield piece
+            return
+        editor = inner.editor(whole=False) or Editor(OLLAMA, [], body, str, whole=False)
+        async with aclosing(await self.client.stream("/api/chat", inner.payload)) as answer:
+            async for frames in frames_of(answer, OLLAMA):
+                for edited in [each for frame in frames for each in await editor.edit(frame)]:
+                    chunk = OLLAMA.parse(edited) or {}
+                    if "error" in chunk:
+                        raise errors.UpstreamError(str(chunk["error"]))
+                    for holder, key in OLLAMA.places(chunk):
+                        yield holder[key]
 
-
-async def send_whole(turn: Turn, headers: Headers, body: bytes, send: Send) -> bytes:
-    await relay.start(send, 200, [*headers, (b"content-length", b"%d" % len(body)), *marks(turn)])
-    return body
-
-
-async def frames_of(answer: Answer, dialect: Dialect) -> AsyncIterator[list[bytes]]:
-    """Yield the frames of a stream that complete together, and what stands behind the last one."""
-    splitter = FrameSplitter(dialect.end)
-    async for data in answer:
-        yield splitter.feed(data)
-    if rest := splitter.rest():
-        yield [rest]
-
-
-async def iterate(frames: list[bytes]) -> AsyncIterator[list[bytes]]:
-    yield frames
+    def guarded_turn(self, turn: Turn, body: Payload) -> Turn:
+        """Return a turn for what an agent asks, with the guards of its model and nobody else."""
+        chat = replace(self, dialect=OLLAMA)
+        inner = Turn(chat, body, body, turn.scope, nested=True)
+        if not turn.nested:  # a guard's own questions go straight to Ollama
+            chat.check_guards(body)
+            guards = self.registry.guards(self.presets.names(body["model"]))
+            for guard in sorted(guards, key=order):
+                inner.enlist(guard, arguments_of(guard, None), None, guards)
+        return inner
 
 
 @dataclass(slots=True)
 class Turn:
     """One touched request: the payload without its commands, and the agents in play."""
 
+    chat: Chat
+    request: Payload  # the body as the client sent it
     payload: Payload
-    asked: Payload  # as the client meant it, whatever agents make of it
-    commands: list[Command] = field(default_factory=list)  # asked for, each agent once
+    scope: Scope
+    nested: bool = False  # an agent asks
+    commands: list[Command] = field(default_factory=list)  # each agent once
+    asked: set[str] = field(default_factory=set)  # names that the client itself gave
     runs: list[Run] = field(default_factory=list)  # always-on agents first
-    explain: bool = False  # what the agents do is asked for, not the model's answer
-    reply: str | None = None  # answered without the model
+    prompt: str = ""  # what the user typed, without commands
+    continuation: bool = False
+    explain: bool = False  # the client wants to see what the agents do
+    reply: str | AsyncIterator[str] | None = None  # an answer without the model
+    state: dict[str, Any] = field(default_factory=dict)  # shared by the agents
 
-    def takes_replies(self, dialect: Dialect) -> bool:
-        """Tell whether prose is a possible answer: the client wants no JSON and no tool call."""
-        return not (dialect.is_structured(self.asked) or self.asked.get("tools"))
+    def say(self, text: str) -> None:
+        """Answer with a text of the proxy's own, which no agent changes."""
+        self.reply = text
+        self.stop()
 
-
-@dataclass(frozen=True, slots=True)
-class TurnReader:
-    """Reads the turns of one dialect."""
-
-    client: OllamaClient
-    registry: PluginRegistry
-    metrics: Metrics
-    dialect: Dialect
-    typed: Grammar
-    spelled: Grammar  # of header, suffix and presets, whatever is typed
-    presets: Presets
-    timeout: float  # of a hook whose plugin says nothing else
-
-    def read(self, body: bytes | None, scope: Scope) -> Turn | None:
-        """Return what is asked for, or None for a request that is forwarded as it is.
-
-        A body of None is one that may not be read, or is too large.
-        Raises BadRequest for an unknown agent or a wrong argument in header, suffix or preset, and
-        NotAllowed where a guard would not see all of it.
-        """
-        if body and (model := self.passing(body, scope)):
-            facts(scope).model = model
-            return None
-        payload = parse(body, self.dialect) if body else None
-        if payload is None:
-            self.registry.check_guards(None)
-            return None
-        facts(scope).model = payload["model"]
-        headers = [v.decode("latin-1") for k, v in scope["headers"] if k == AGENTS]
-        header = " ".join(headers) if headers else None
-        named, suffix = split_model(payload["model"])
-        preset = self.presets.find(named)
-        payload["model"] = preset.model if preset else named
-        marked = header is not None or suffix is not None or preset is not None
-        strict = [*self.listed("X-OSP-Agents", header), *self.listed("the model's suffix", suffix)]
-        if preset:
-            strict += self.listed(f"the preset {named}", preset.agents)
-        if not payload.get("messages"):  # it loads or unloads a model: nobody's turn
-            return Turn(payload, payload) if marked else None
-        guards = self.registry.guards(payload["model"])
-        for guard in guards:
-            blind = guard.responds and not edits(guard, payload, self.dialect)
-            if guard.agent is None or blind:
-                raise refusal(guard)
-        about = self.typed.help_wanted(text_of(last_user(payload) or {}))
-        typed, stripped = self.strip(payload)
-        always = self.registry.always(payload["model"])
-        if not (marked or stripped or always or about is not None):
-            return None
-        commands = [*strict, *typed]
-        agents = [command for command in commands if command.name != EXPLAIN]
-        turn = Turn(payload, payload, unique(agents), explain=len(agents) < len(commands))
-        if about is not None:
-            turn.reply = self.help(about)
-        else:
-            self.enlist(turn, always, strict, scope)
-        return turn
-
-    def passing(self, body: bytes, scope: Scope) -> str:
-        """Return the model of a chat in which, at a glance, nothing can ask for an agent, else "".
-
-        The sign of commands does not stand in it, nor an escape that might hide one, nor a +. To
-        parse it would cost a good part of what forwarding it costs.
-        """
-        sign = self.typed.prefix.encode()
-        if (sign and sign in body) or b"\\u" in body or body.count(b'"model"') != 1:
-            return ""
-        asked = any(name == AGENTS for name, _ in scope["headers"])
-        if asked or self.presets.named or self.registry.always_on():
-            return ""
-        model = MODEL.search(body)
-        return model[1].decode(errors="replace") if model else ""
-
-    def listed(self, where: str, text: str | None) -> list[Command]:
-        """Return the commands of a header or a suffix, which holds nothing else."""
-        if not text:
-            return []
-        commands, rest = self.spelled.split(text)
-        if rest:
-            known = ", ".join(f"/{name}" for name in self.registry.plugins) or "none"
-            raise BadRequest(f"{where}: {rest!r} is no known agent; known are: {known}")
-        return commands
-
-    def strip(self, payload: Payload) -> tuple[list[Command], bool]:
-        """Take the commands out of every user message; those of the last one count.
-
-        So the model never learns to type them, and its prompt cache keeps hitting.
-        """
-        commands: list[Command] = []
-        stripped = False
-        for message in filter(is_user, payload["messages"]):
-            text = text_of(message)
-            commands, rest = self.typed.split(text)
-            if rest != text:
-                set_text(message, rest)
-                stripped = True
-        return commands, stripped
+    def stop(self) -> None:
+        """Let no response hook run from here on."""
+        for run in self.runs:
+            run.due = False
 
     def enlist(
-        self, turn: Turn, always: list[Plugin], strict: Sequence[Command], scope: Scope
+        self, plugin: Plugin, arguments: Payload, command: Command | None, always: list[Plugin]
     ) -> None:
-        """Fill in the runs, or the reply where a command cannot be obeyed."""
-        commands = {command.name: command for command in turn.commands}
-        spelled = {(command.name, command.arguments) for command in strict}
-        asked = [self.registry.plugins[name] for name in commands]
-        state: dict[str, Any] = {}
-        plugins = [*always, *(plugin for plugin in asked if plugin not in always)]
-        for plugin in sorted(plugins, key=place):
-            command = commands.get(plugin.name)
-            try:
-                arguments = self.arguments(plugin, command)
-            except BadRequest as exc:
-                if command and (command.name, command.arguments) in spelled:
-                    raise
-                turn.reply = f"{exc}\n\n{self.help(plugin.name)}"
-                return turn.runs.clear()  # nobody else has a say in this
-            known = facts(scope)
-            context = Context(
-                request_id=known.request_id,
-                dialect=self.dialect.name,
-                stream=self.dialect.wants_stream(turn.payload),
-                asked=command is not None,
-                user=known.user,
-                state=state,
-                log=agent_log(plugin.name, known.request_id),
-                payload=turn.payload,
-                client=self.client,
-            )
-            agent = plugin.instance(context, arguments)
-            limit = plugin.config.timeout or self.timeout
-            before = turn.runs[-1].plugin if turn.runs else plugin
-            together = command.together if command and before not in always else ()
-            joined = before.name in together and not (agent.innermost or agent.last)
-            turn.runs.append(Run(plugin, agent, limit, self.metrics, joined))
+        """Add the run of one agent, with an instance and a context of its own."""
+        chat, known = self.chat, info(self.scope)
+        fields = {"fields": {"agent": plugin.name, "request_id": known.request_id}}
+        context = Context(
+            request_id=known.request_id,
+            model=self.payload["model"],
+            dialect=chat.dialect.name,
+            streams=chat.dialect.wants_stream(self.request),
+            asked=plugin.name in self.asked,
+            continuation=self.continuation,
+            user=known.user,
+            prompt=self.prompt,
+            explaining=self.explain,
+            state=self.state,
+            log=logging.LoggerAdapter(logging.getLogger(f"plugins.{plugin.name}"), fields),
+            runner=runner_of(self.payload),
+            ask=partial(chat.ask, self),
+            listen=partial(chat.listen, self),
+        )
+        agent = plugin.instance(context, arguments)
+        limit = plugin.config.timeout or chat.chain.timeout
+        before = self.runs[-1].plugin if self.runs else plugin
+        together = command.together if command and before not in always else ()
+        joined = before.name in together and not (agent.innermost or agent.last)
+        run = Run(plugin, agent, limit, chat.metrics, command is not None, joined)
+        self.runs.append(run)
 
-    def arguments(self, plugin: Plugin, command: Command | None) -> dict[str, Any]:
-        if plugin.agent is None:
-            raise BadRequest(f"the agent {plugin.name} {unavailable(plugin)}")
-        try:
-            return parse_arguments(command.arguments if command else "", plugin.config.arguments)
-        except BadRequest as exc:
-            raise BadRequest(f"{plugin.name}: {exc}") from exc
+    def responding(self) -> list[Run]:
+        """Return the runs whose response hooks are due, in the order in which text goes through.
 
-    def help(self, name: str) -> str:
-        plugins = self.registry.plugins
-        return help_text([plugins[name]] if name else plugins.values(), self.typed.prefix)
+        Those with response hooks alone are a pipe, left to right; those with both hooks wrap around
+        it and close in reverse; always-on ones with response hooks alone come behind those.
+        """
+        due = [r for r in self.runs if r.due and r.plugin.responds]
+        due = [r for r in due if self.chat.may_edit(r.plugin, self.request)]
+        inner = [r for r in reversed(due) if r.agent.innermost]
+        end = [r for r in reversed(due) if r.agent.last and not r.agent.innermost]
+        rest = [r for r in due if not (r.agent.innermost or r.agent.last)]
+        wraps = [r for r in reversed(rest) if r.has("on_request")]
+        pipe = [r for r in rest if not r.has("on_request")]
+        always = [r for r in pipe if r.plugin.config.always]
+        return [*inner, *(r for r in pipe if r not in always), *wraps, *always, *end]
+
+    def editor(self, *, whole: bool) -> Editor | None:
+        """Return an editor for the answer, or None where it stays as it is."""
+        dialect, runs = self.chat.dialect, self.responding()
+        prose = not (dialect.is_structured(self.request) or has_logprobs(self.request))
+        notice = self.notice if self.chat.chain.notice and prose else str
+        if not runs and not notice() and not dialect.echoes(self.request):
+            return None
+        stages = [Stage(run, whole=whole) for run in runs]
+        return Editor(dialect, stages, self.request, notice, whole=whole)
+
+    def notice(self) -> str:
+        """Return a line about the agents that were asked for and failed, or ""."""
+        failed = [r.plugin.name for r in self.runs if r.asked and r.outcome in ("error", "timeout")]
+        text = f"\n\n[without {', '.join(failed)}: it failed, the proxy's log says why]"
+        return text if failed else ""
+
+    def summary(self) -> str:
+        """Return the value of X-OSP-Agents: `rag;ok;12ms, translate;error;3ms`."""
+        due = self.responding()
+        ran = [(r, r.outcome or "ok") for r in self.runs if r.outcome or r in due]
+        return ", ".join(f"{r.plugin.name};{what};{r.seconds * 1000:.0f}ms" for r, what in ran)
+
+    def headers(self, failure: Exception | None = None) -> Headers:
+        """Return our headers: what the agents did, and that clients shall not repeat a failure."""
+        if not self.runs:
+            return []
+        headers = [(AGENTS, self.summary().encode())]
+        if isinstance(failure, errors.Aborted):
+            headers += failure.headers
+        if isinstance(failure, errors.OSPError) and failure.status >= 500:
+            headers.append((b"x-should-retry", b"false"))
+        return headers
 
 
-def place(plugin: Plugin) -> int:
-    """Return 0 for agents in their own order, 1 for one that is last, 2 for an innermost one."""
-    agent = plugin.agent
-    return 0 if agent is None else 2 if agent.innermost else int(agent.last)
+# The chain: each agent works on a payload of its own, parsed from the bytes that the one before it
+# left. Its result counts only if it came in time and can be sent.
 
 
-def agent_log(name: str, request_id: str) -> logging.LoggerAdapter[logging.Logger]:
-    fields = {"fields": {"agent": name, "request_id": request_id}}
-    return logging.LoggerAdapter(logging.getLogger(f"plugins.{name}"), fields)
+async def run_requests(turn: Turn, trace: Trace) -> Payload:
+    """Return the payload as the request hooks changed it. Raises Reply and Aborted.
 
-
-def parse(body: bytes, dialect: Dialect) -> Payload | None:
-    """Return the JSON of a chat, or None if Ollama may read it otherwise than we would.
-
-    Go's decoder is more lenient in some ways (the case of keys) and stricter in others (NaN).
+    `trace` gets each run, with the payload before and after it.
     """
-    try:
-        payload = loads(body)
-    except (ValueError, RecursionError):
-        return None
-    if not isinstance(payload, dict) or not isinstance(payload.get("model"), str):
-        return None
-    messages = payload.get("messages") or []
-    options = payload.get("options") or {}
-    if not isinstance(messages, list) or not isinstance(options, dict) or misspelt(payload):
-        return None
-    if not all(is_message(message) and not misspelt(message) for message in messages):
-        return None
-    parts = any(isinstance(message.get("content"), list) for message in messages)
-    return None if parts and dialect is not OPENAI else payload
-
-
-def misspelt(table: Mapping[str, Any]) -> bool:
-    """Tell whether a known key stands there in another case, which Go would take for it."""
-    strange = table.keys() - KNOWN_KEYS
-    return bool(strange) and any(key.casefold() in KNOWN_KEYS for key in strange)
-
-
-def edits(plugin: Plugin, payload: Payload, dialect: Dialect) -> bool:
-    """Tell whether response hooks may change the answer: they must not make it false."""
-    structured = dialect.is_structured(payload) and not plugin.config.structured
-    return not (structured or payload.get("logprobs"))
-
-
-def split_model(model: str) -> tuple[str, str | None]:
-    """Split `llama3.2:3b+rag+translate:de` into the model and its suffix, as commands."""
-    name, plus, suffix = model.partition("+")  # + is no legal character of a model's name
-    return name, f"/{suffix}".replace("&+", "&/").replace("+", " /") if plus else None
-
-
-def unique(commands: Sequence[Command]) -> list[Command]:
-    """Keep each agent's first place and last arguments."""
-    last = {command.name: command for command in commands}
-    first = {command.name: command for command in reversed(commands)}
-    return [replace(first[name], arguments=last[name].arguments) for name in last]
-
-
-def is_bare(payload: Payload) -> bool:
-    """Tell whether the last user message says nothing and shows nothing."""
-    message = last_user(payload)
-    if message is None:
-        return False
-    content = message.get("content")
-    shows = isinstance(content, list) and any(part.get("type") != "text" for part in content)
-    return not (text_of(message).strip() or message.get("images") or shows)
-
-
-async def run_requests(
-    runs: Sequence[Run], payload: Payload, trace: Trace
-) -> tuple[Payload, str | None]:
-    """Return the payload as the hooks changed it, and the text of a Reply. Raises Aborted.
-
-    `trace` is filled with each run, and the body as it came to the agent and as that left it.
-    """
-    for run in runs:
+    for run in turn.runs:
         run.metrics.activated(run.plugin.name)
-    body = dumps(payload)
-    waiting = groups(runs)
+    body = dialects.dumps(turn.payload)
+    waiting = groups(turn.runs)
+    accept = partial(encoded, turn)
     while waiting:
         try:
             if len(waiting[0]) == 1:
-                left = await ask(waiting[0][0], body, partial(encoded, payload))
+                left = await ask(waiting[0][0], body, accept)
                 trace.append((waiting[0][0], body, left))
             else:
-                left = await ask_together(waiting[0], body, payload, trace)
-        except Reply as reply:
-            for run in chain.from_iterable(waiting):
+                left = await ask_together(waiting[0], body, accept, trace)
+        except Reply:
+            for run in (run for group in waiting for run in group):
                 run.due = False
-            return json.loads(body), reply.text
+            raise
         body = left
         del waiting[0]
-    return json.loads(body), None
+    payload: Payload = json.loads(body)
+    return payload
 
 
 def groups(runs: Sequence[Run]) -> list[list[Run]]:
-    """Return the runs with a request hook, in order, those that run at the same time together."""
+    """Return the runs with a request hook, in order; those that run at once stand together."""
     together: list[list[Run]] = []
     for run in runs:
         if not run.joined:
@@ -534,156 +595,237 @@ async def ask(
     """Return the body as an agent leaves it: after a failure as it was. Raises Reply, Aborted."""
     try:
         payload = json.loads(body)
-        left = await run.call("on_request", payload, accept=accept, may_reply=may_reply)
-        return bytes(left)
-    except PluginExecutionError:
+        return await run.call("on_request", payload, accept=accept, may_reply=may_reply)
+    except errors.PluginExecutionError:
         return body
 
 
-async def ask_together(group: Sequence[Run], body: bytes, original: Payload, trace: Trace) -> bytes:
+async def ask_together(
+    group: Sequence[Run], body: bytes, accept: Callable[[Any], bytes], trace: Trace
+) -> bytes:
     """Return the body with what each of a group added, as typed; the first Aborted ends all."""
 
     def mergeable(result: Any) -> bytes:
-        left = encoded(original, result)
-        Additions(body, left)
+        left = accept(result)
+        additions(body, left)
         return left
 
-    tasks = [create_task(ask(run, body, mergeable, may_reply=False)) for run in group]
+    tasks = [asyncio.create_task(ask(run, body, mergeable, may_reply=False)) for run in group]
     try:
-        bodies = await gather(*tasks)
+        bodies = await asyncio.gather(*tasks)
     finally:
         for task in tasks:
             task.cancel()
     trace += [(run, body, left) for run, left in zip(group, bodies, strict=True)]
-    return merged(body, [Additions(body, left) for left in bodies])
+    added = [additions(body, left) for left in bodies]
+    systems = [message for messages, _ in added for message in messages]
+    return dialects.dumps(with_additions(body, systems, "".join(text for _, text in added)))
 
 
-class Additions:
-    """What an agent added to a body: messages, and text before that of the last user message.
+def additions(body: bytes, left: bytes) -> tuple[list[Message], str]:
+    """Return the system messages at the front, and the text before the prompt, that were added.
 
-    Raises PluginExecutionError where it changed anything else.
+    Raises PluginExecutionError where anything else changed.
     """
-
-    def __init__(self, body: bytes, left: bytes) -> None:
-        before, after = json.loads(body), json.loads(left)
-        old, new = before.pop("messages"), after.pop("messages")
-        user = last_user({"messages": old})
-        self.inserted: defaultdict[int, list[Message]] = defaultdict(list)  # by what they precede
-        self.text = ""
-        at = len(old)
-        for message in reversed(new):  # what is added is mostly older than what was asked
-            if at and message == old[at - 1]:
-                at -= 1
-            elif at and old[at - 1] is user and (text := text_added(message, user)):
-                self.text = text
-                at -= 1
-            else:
-                self.inserted[at].insert(0, message)
-        if before != after or at:
-            raise PluginExecutionError(f"changed more than can be merged: {ALONE}")
+    before, after = json.loads(body), json.loads(left)
+    count = max(len(after["messages"]) - len(before["messages"]), 0)
+    systems = after["messages"][:count]
+    text = typed_text(after).removesuffix(typed_text(before))
+    if dialects.leading(systems) < count or with_additions(body, systems, text) != after:
+        raise errors.PluginExecutionError(f"changed more than can be merged: {ALONE}")
+    return systems, text
 
 
-def text_added(message: Message, user: Message) -> str:
-    """Return what stands before the text of `user` in a message that is the same but for that."""
-    text, old = text_of(message), text_of(user)
-    same = copy.deepcopy(user)
-    set_text(same, text)
-    return text.removesuffix(old) if text.endswith(old) and same == message else ""
+def with_additions(body: bytes, systems: list[Message], text: str) -> Payload:
+    payload: Payload = json.loads(body)
+    if text:
+        put_before(payload, text)
+    payload["messages"][:0] = systems
+    return payload
 
 
-def merged(body: bytes, parts: Sequence[Additions]) -> bytes:
-    payload = json.loads(body)
-    if user := last_user(payload):
-        if text := "".join(part.text for part in parts):
-            set_text(user, text + text_of(user))
-    old: list[Message] = payload["messages"]
-    messages = payload["messages"] = []
-    for at in range(len(old) + 1):
-        for part in parts:
-            messages += part.inserted[at]
-        messages += old[at : at + 1]
-    return dumps(payload)
-
-
-def encoded(original: Payload, result: Any) -> bytes:
-    """Return an agent's payload as bytes; `stream` stays what the client wanted."""
+def encoded(turn: Turn, result: Any) -> bytes:
+    """Return an agent's payload as bytes; `stream` stays as the client wanted it."""
     if not isinstance(result, dict):
         raise wrong(result, "on_request must return the payload")
-    messages = result.get("messages")
-    if not isinstance(messages, list) or not messages:
-        raise PluginExecutionError("returned a payload without a list of messages")
+    if not isinstance(result.get("messages"), list) or not result["messages"]:
+        raise errors.PluginExecutionError("returned a payload without a list of messages")
     if not isinstance(result.get("model"), str):
-        raise PluginExecutionError("returned a payload without a model's name")
-    for message in messages:
-        if not isinstance(message, dict):
-            raise PluginExecutionError("returned a message that is not a dict")
-        if not is_message(message):
-            raise wrong(message["content"], "a message's content is text or a list of parts")
-    if "stream" in original:
-        result["stream"] = original["stream"]
-    else:
-        result.pop("stream", None)
+        raise errors.PluginExecutionError("returned a payload without a model's name")
+    result.pop("stream", None)
+    if "stream" in turn.request:
+        result["stream"] = turn.request["stream"]
     try:
-        return dumps(result)
+        body = dialects.dumps(result)
+        turn.chat.dialect.write(json.loads(body), turn.request)
     except (TypeError, ValueError, RecursionError) as exc:
-        raise PluginExecutionError(f"returned what is no JSON: {exc}") from exc
+        hint = "; is an `await` missing?" if "type coroutine" in str(exc) else ""
+        raise errors.PluginExecutionError(f"returned what cannot be sent: {exc}{hint}") from exc
+    return body
 
 
-def is_message(message: Any) -> bool:
-    """Tell whether something is a message, as either dialect knows it."""
-    content = message.get("content") if isinstance(message, dict) else 0
-    if isinstance(content, list):
-        return all(isinstance(p, dict) and isinstance(p.get("text", ""), str) for p in content)
-    return content is None or isinstance(content, str)
+# The pieces of an answer
 
 
-def response_order(runs: Sequence[Run]) -> list[Run]:
-    """Return the runs whose response hooks are due, in the order in which text goes through."""
-    responding = [run for run in runs if run.due and run.plugin.responds]
-    inner = [run for run in reversed(responding) if run.agent.innermost]
-    end = [run for run in reversed(responding) if run.agent.last and not run.agent.innermost]
-    due = [run for run in responding if not (run.agent.innermost or run.agent.last)]
-    wraps = [run for run in reversed(due) if run.has("on_request")]
-    rest = [run for run in due if not run.has("on_request")]
-    pipe = [run for run in rest if not run.plugin.config.always]
-    last = [run for run in rest if run.plugin.config.always]
-    return [*inner, *pipe, *wraps, *last, *end]
+async def frames_of(answer: Answer, dialect: Dialect) -> AsyncIterator[list[bytes]]:
+    """Yield the frames of a stream that complete together, and what stands behind the last one."""
+    splitter = dialects.FrameSplitter(dialect.end)
+    async for data in answer:
+        yield splitter.feed(data)
+    if rest := splitter.rest():
+        yield [rest]
 
 
-def summary(runs: Sequence[Run]) -> str:
-    """Return what X-OSP-Agents says: `rag;ok;12ms, translate;error;3ms`."""
-    return ", ".join(f"{r.plugin.name};{r.outcome};{r.seconds * 1000:.0f}ms" for r in runs)
+async def whole_of(answer: Answer) -> AsyncIterator[list[bytes]]:
+    yield [b"".join([data async for data in answer])]
+
+
+async def pieces(reply: str | AsyncIterator[str]) -> AsyncIterator[str]:
+    """Yield a reply piece by piece, a text word by word."""
+    if isinstance(reply, str):
+        for word in dialects.words(reply):
+            yield word
+    else:
+        async for piece in reply:
+            yield piece
+
+
+async def reply_frames(
+    dialect: Dialect, request: Payload, spoken: AsyncIterator[str], *, streams: bool
+) -> AsyncIterator[list[bytes]]:
+    """Yield the frames of a reply, with every event that the dialect's clients wait for."""
+    head = dialect.head(request)
+    if not streams:
+        text = "".join([piece async for piece in spoken])
+        yield [dialect.encode_whole(dialect.whole(head, text))]
+        return
+    chunks = dialect.speech(head, "word")
+    at = next(n for n, chunk in enumerate(chunks) if dialect.places(chunk))
+    said: list[str] = []
+    yield [*map(dialect.encode, chunks[:at])]
+    async for piece in spoken:
+        chunk = dialect.piece(chunks[at], piece)
+        yield [dialect.encode(dialect.numbered(chunk, at + len(said)))]
+        said.append(piece)
+    rest = enumerate(dialect.speech(head, "".join(said))[at + 1 :], at + len(said))
+    yield [*(dialect.encode(dialect.numbered(chunk, n)) for n, chunk in rest), dialect.done()]
+
+
+# What a command needs
+
+
+def order(plugin: Plugin) -> int:
+    """Return 0 for agents in their own order, 1 for one that is last, 2 for an innermost one."""
+    agent = plugin.agent
+    return 0 if agent is None else 2 if agent.innermost else int(agent.last)
+
+
+def arguments_of(plugin: Plugin, command: Command | None) -> dict[str, Any]:
+    """Return the arguments of a command, defaults filled in. Raises BadRequest."""
+    if plugin.agent is None:
+        raise errors.BadRequest(f"the agent {plugin.name} {unavailable(plugin)}")
+    try:
+        return parse_arguments(command.arguments if command else "", plugin.config.arguments)
+    except errors.BadRequest as exc:
+        raise errors.BadRequest(f"{plugin.name}: {exc}") from exc
+
+
+def unique(commands: Sequence[Command]) -> list[Command]:
+    """Keep each agent's first place and last arguments."""
+    last = {command.name: command for command in commands}
+    first = {command.name: command for command in reversed(commands)}
+    return [replace(first[name], arguments=last[name].arguments) for name in last]
+
+
+def has_logprobs(request: Payload) -> bool:
+    return bool(request.get("logprobs") or request.get("top_logprobs"))
+
+
+def is_list(value: Any) -> bool:
+    return value is None or isinstance(value, list)
+
+
+def runner_of(payload: Payload) -> Payload:
+    """Return a copy of the fields that decide whether Ollama loads the model anew."""
+    options = payload.get("options") or {}
+    fields = {key: payload[key] for key in RUNNER_FIELDS if key in payload}
+    return fields | {"options": {key: options[key] for key in RUNNER_OPTIONS if key in options}}
+
+
+def as_users(texts: Iterable[str]) -> list[Message]:
+    return [{"role": "user", "content": text} for text in texts]
+
+
+def typed_text(payload: Payload) -> str:
+    """Return the text of the part that the user typed."""
+    message = last_user(payload)
+    part = typed_part(message) if message else None
+    return str(part["text"]) if part else ""
+
+
+def joined(split: Sequence[tuple[list[Command], str]]) -> str:
+    return "\n\n".join(rest for _, rest in split if rest and not REMINDER.fullmatch(rest))
+
+
+def replace_texts(message: Message, parts: list[Message]) -> None:
+    """Put the texts of `parts` back into a message; a part that became empty goes."""
+    if not isinstance(message.get("content"), list):
+        message["content"] = parts[0]["text"]
+        return
+    empty = [part for part in parts if not part["text"]]
+    if len(empty) < len(parts):
+        message["content"] = [p for p in message["content"] if all(p is not e for e in empty)]
+
+
+def is_bare(payload: Payload) -> bool:
+    """Tell whether the last user message says nothing and shows nothing."""
+    message = last_user(payload)
+    if message is None:
+        return False
+    content = message.get("content")
+    shows = isinstance(content, list) and any(part.get("type") != "text" for part in content)
+    return not (text_of(message).strip() or message.get("images") or shows)
+
+
+# /explain: the request is shown as lines, what an agent added behind a +, what it removed behind -
 
 
 def explanation(trace: Trace, payload: Payload, reply: str | None) -> str:
     """Return the answer to `/explain`; `reply` is what an agent answered without the model."""
-    parts = [part_of(run, before, after) for run, before, after in trace]
+    shown = [part_of(run, before, after) for run, before, after in trace]
     if reply is None:
-        sent = "\n".join(lines_of(dumps(payload)))
+        sent = "\n".join(line for entry in entries(payload) for line in entry)
         end = f"The model would have been sent:\n{sent}"
     else:
         end = f"The model would not have been asked. The answer would have been:\n{reply}"
-    return "\n\n".join([*parts, end])
+    return "\n\n".join([*shown, end])
 
 
 def part_of(run: Run, before: bytes, after: bytes) -> str:
     title = f"/{run.plugin.name} ({run.outcome}, {run.seconds * 1000:.0f} ms)"
-    changes = difflib.unified_diff(list(lines_of(before)), list(lines_of(after)), n=0, lineterm="")
-    shown = [line[0] + " " + line[1:] for line in list(changes)[2:] if not line.startswith("@@")]
-    return "\n".join([title, *(shown or ["changed nothing"])])
+    if before == after:
+        return f"{title}\nchanged nothing"
+    old, new = entries(json.loads(before)), entries(json.loads(after))
+    lines = [f"- {line}" for entry in old if entry not in set(new) for line in entry]
+    return "\n".join(
+        [title, *lines, *(f"+ {line}" for e in new if e not in set(old) for line in e)]
+    )
 
 
-def lines_of(body: bytes) -> Iterator[str]:
-    payload = json.loads(body)
-    for message in payload.pop("messages"):
-        content = message.get("content")
-        parts = content if isinstance(content, list) else [{"type": "text", "text": content or ""}]
-        for part in parts:
-            text = part.get("text") if part.get("type") == "text" else short(part)
-            yield from f"[{message.get('role')}] {text}".splitlines()
-        rest = {k: v for k, v in message.items() if k not in ("role", "content")}
-        yield from (f"    {key}: {short(value)}" for key, value in rest.items())
-    yield from (f"{key}: {short(value)}" for key, value in payload.items())
+def entries(payload: Payload) -> list[tuple[str, ...]]:
+    """Return a payload as tuples of lines: one for each message, and one for each other field."""
+    messages = [tuple(message_lines(message)) for message in payload["messages"]]
+    return [*messages, *((f"{k}: {short(v)}",) for k, v in payload.items() if k != "messages")]
+
+
+def message_lines(message: Message) -> Iterator[str]:
+    content = message.get("content")
+    parts = content if isinstance(content, list) else [{"type": "text", "text": content or ""}]
+    for part in parts if "role" in message else ():
+        text = part["text"] if "text" in part else short(part)
+        yield from f"[{message['role']}] {text}".splitlines()
+    rest = {key: value for key, value in message.items() if key not in ("role", "content")}
+    yield from (f"    {key}: {short(value)}" for key, value in rest.items())
 
 
 def short(value: object) -> str:

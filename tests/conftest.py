@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 import demo
-from tests.support import FakeOllama
+from tests.support import FakeOllama, House
 
 
 @pytest.fixture(scope="session")
@@ -41,3 +41,9 @@ def plugins(tmp_path: Path) -> Path:
     folder = tmp_path / "plugins"
     folder.mkdir()
     return folder
+
+
+@pytest.fixture
+def house(ollama: FakeOllama, ollama_url: str, plugins: Path) -> House:
+    """A proxy that is open while it is asked, with the agents in `plugins`, before `ollama`."""
+    return House(ollama, ollama_url, plugins)

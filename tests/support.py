@@ -6,7 +6,7 @@ import asyncio
 import json
 import textwrap
 from collections.abc import AsyncIterator, Callable, Mapping
-from contextlib import asynccontextmanager
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -18,14 +18,71 @@ from starlette.types import Receive, Scope, Send
 import demo
 import osp
 from kernel.config import Config, UpstreamConfig, build
+from kernel.dialects.every import DIALECTS
 from kernel.server import SETTINGS
 
-TURN = {"model": "demo", "messages": [{"role": "user", "content": "why is the sky blue?"}]}
+BY_PATH = {dialect.path: dialect for dialect in DIALECTS}
+PATHS = list(BY_PATH)
+CHAT, COMPLETIONS, MESSAGES, RESPONSES = PATHS
+HEADS = {path: dialect.head({"model": "m"}) for path, dialect in BY_PATH.items()}
+SENT = "I am the demo model. I was sent:\n"  # how the demo's answer begins
+NOTICE = "\n\n[without {}: it failed, the proxy's log says why]"
+# What hooks of `House.add` do; NAME is the agent's
+TAG = "set_prompt(payload, prompt(payload) + ' <NAME')"
+ADDS = "add_context(payload, 'NAME')"
+ANSWER = "response + ' NAME>'"
 
 
 def turn(text: str, **fields: Any) -> dict[str, Any]:
     """Return the body of a chat in which the user says `text`."""
-    return {"model": "demo", "messages": [{"role": "user", "content": text}], **fields}
+    return {"model": "demo", "messages": [message("user", text)], **fields}
+
+
+def message(role: str, content: Any, **fields: Any) -> dict[str, Any]:
+    return {"role": role, "content": content, **fields}
+
+
+def chat(path: str, *messages: Any, **fields: Any) -> dict[str, Any]:
+    """Return the body of a chat in a dialect: of messages, or of what the user says in one."""
+    key = "input" if path == RESPONSES else "messages"
+    listed = [m if isinstance(m, dict) else message("user", m) for m in messages]
+    limit = {"max_tokens": 999} if path == MESSAGES else {}
+    return {"model": "demo", key: listed, **limit, **fields}
+
+
+def parts(path: str, *texts: Any) -> list[Any]:
+    """Return the parts of a message in a dialect; what is no text stays as it is."""
+    kind = "input_text" if path == RESPONSES else "text"
+    return [{"type": kind, "text": text} if isinstance(text, str) else text for text in texts]
+
+
+def prompts(asked: Asked) -> list[Any]:
+    """Return the contents of the messages that the upstream got."""
+    messages = asked.json.get("messages", asked.json.get("input"))
+    return [each.get("content") for each in messages]
+
+
+def frames(path: str, *texts: str) -> list[bytes]:
+    """Return a stream that says `texts`, each in a frame, as the upstream sends it."""
+    dialect, head = BY_PATH[path], HEADS[path]
+    at = next(n for n, chunk in enumerate(dialect.speech(head, "x")) if dialect.places(chunk))
+    chunks = [timeless(chunk) for chunk in dialect.speech(head, "".join(texts))]
+    chunks[at : at + 1] = [dialect.piece(chunks[at], text) for text in texts]
+    numbered = [dialect.encode(dialect.numbered(chunk, n)) for n, chunk in enumerate(chunks)]
+    return [*numbered, *filter(None, [dialect.done()])]
+
+
+def whole(path: str, text: str) -> bytes:
+    """Return an answer in one piece."""
+    return BY_PATH[path].encode_whole(timeless(BY_PATH[path].whole(HEADS[path], text)))
+
+
+def timeless(chunk: dict[str, Any]) -> dict[str, Any]:
+    """Return a chunk of an answer as if time stood still."""
+    response = chunk.get("response", chunk)
+    if response.get("completed_at"):
+        response["completed_at"] = 7
+    return chunk
 
 
 def write_agent(folder: Path, name: str, code: str, **config: Any) -> Path:
@@ -88,6 +145,7 @@ class FakeOllama:
     head: dict[str, Any] = field(default_factory=dict)
     before: Callable[[], Any] | None = None
     steps: tuple[Any, ...] = ()
+    may_say: bool = True  # no test has said what it answers
 
     def answers(
         self,
@@ -99,8 +157,15 @@ class FakeOllama:
     ) -> None:
         raw = [(k.encode(), v.encode()) for k, v in [("content-type", kind), *(headers or [])]]
         self.head = {"type": "http.response.start", "status": status, "headers": raw}
-        self.steps = steps
+        self.steps, self.may_say = steps, False
         self.before = before
+
+    def says(self, path: str, *texts: str, stream: bool = True) -> None:
+        """Answer with a text, in frames or whole, in the dialect of `path`."""
+        dialect = BY_PATH[path]
+        kind = dialect.stream_type if stream else dialect.whole_type
+        steps = frames(path, *texts) if stream else [whole(path, "".join(texts))]
+        self.answers(*steps, kind=kind.decode())
 
     async def pause(self) -> None:
         await self.go.wait()
@@ -111,8 +176,9 @@ class FakeOllama:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "lifespan":
             return await lifespan(receive, send)
-        if scope["path"] == "/api/version":  # the proxy asks at its start
-            return await JSONResponse({"version": "0.0.0"})(scope, receive, send)
+        own = all(name != b"user-agent" for name, _ in scope["headers"])
+        if own and scope["path"] in ("/api/version", "/api/tags"):  # the proxy asks at its start
+            return await JSONResponse({"version": "0.0.0", "models": []})(scope, receive, send)
         await self.remember(scope, receive)
         answer = asyncio.create_task(self.answer(send))
         leaving = asyncio.ensure_future(receive())
@@ -151,6 +217,51 @@ class FakeOllama:
         await send({"type": "http.response.body", "body": b"", "more_body": False})
 
 
+@dataclass
+class House:
+    """A proxy with the agents in `plugins`, and the scripted upstream behind it."""
+
+    ollama: FakeOllama
+    url: str
+    plugins: Path
+
+    def add(self, names: str, request: str = "", response: str = "", **config: Any) -> None:
+        """Write agents: `request` are lines of code on `payload`, `response` is a new text."""
+        code = "class It(BaseAgent):\n    'Is NAME.'\n"
+        if request:
+            lines = textwrap.indent(request, " " * 8)
+            code += f"    async def on_request(self, payload):\n{lines}\n        return payload\n"
+        if response:
+            code += f"    async def on_response(self, response):\n        return {response}\n"
+        for name in names.split():
+            write_agent(self.plugins, name, code.replace("NAME", name), **config)
+
+    @property
+    def sent(self) -> list[list[Any]]:
+        """The contents of the messages in each request that `ollama` got."""
+        return [prompts(asked) for asked in self.ollama.asked]
+
+    def open(self, **sections: Any) -> AbstractAsyncContextManager[httpx.AsyncClient]:
+        return running(self.url, self.plugins, **sections)
+
+    async def ask(self, path: str, *messages: Any, **fields: Any) -> httpx.Response:
+        """Send one chat; where `ollama` has nothing else to answer, it says "y"."""
+        async with self.open() as client:
+            return await self.post(client, path, *messages, **fields)
+
+    async def post(
+        self, client: httpx.AsyncClient, path: str, *messages: Any, **fields: Any
+    ) -> httpx.Response:
+        """Send one chat through a proxy that is open; `header` is its X-OSP-Agents."""
+        header = fields.pop("header", None)
+        body = chat(path, *messages, **fields)
+        if self.ollama.may_say:
+            self.ollama.says(path, "y", stream=BY_PATH[path].wants_stream(body))
+            self.ollama.may_say = True
+        headers = {} if header is None else {"x-osp-agents": header}
+        return await client.post(path, json=body, headers=headers)
+
+
 async def lifespan(receive: Receive, send: Send) -> None:
     while True:
         message = await receive()
@@ -185,13 +296,14 @@ DONE = b"data: [DONE]\n\n"
 
 
 def said(body: bytes) -> str:
-    """Return the joined text of an answer, streamed or whole, in either dialect."""
-    text = ""
-    for part in body.decode().split("\n"):
-        part = part.removeprefix("data: ")
-        if part.startswith("{"):
-            chunk = json.loads(part)
-            choice = (chunk.get("choices") or [{}])[0]
-            message = chunk.get("message") or choice.get("delta") or choice.get("message") or {}
-            text += message.get("content") or ""
-    return text
+    """Return the joined text of an answer, streamed or whole, in any dialect."""
+    lines = [line.removeprefix("data: ") for line in body.decode().split("\n")]
+    chunks = [json.loads(line) for line in lines if line.startswith("{")]
+    places = [p for chunk in chunks for dialect in DIALECTS for p in dialect.places(chunk)]
+    return "".join(holder[key] for holder, key in places)
+
+
+def outcomes(answer: httpx.Response) -> str:
+    """Return what X-OSP-Agents says, without the times: `rag;ok, translate;error`."""
+    agents = answer.headers.get("x-osp-agents", "")
+    return ", ".join(agent.rpartition(";")[0] for agent in agents.split(", "))

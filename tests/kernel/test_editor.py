@@ -2,34 +2,15 @@
 
 from __future__ import annotations
 
-import asyncio
-import json
-from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
 
-from tests.support import (
-    DONE,
-    FakeOllama,
-    done,
-    dumped,
-    event,
-    line,
-    running,
-    said,
-    turn,
-    write_agent,
-)
+from tests import support
+from tests.support import PATHS, House, chat, done, event, frames, line, outcomes, said, turn, whole
 
-NDJSON, SSE = "application/x-ndjson", "text/event-stream"
-
-HOLDS = """
-class Holds(BaseAgent):
-    async def on_response(self, response):
-        return f"<{response}>"
-"""
+CHAT, COMPLETIONS, MESSAGES, RESPONSES = PATHS
 FLOWS = """
 class Flows(BaseAgent):
     '''Doubles every x, and keeps back an x at the end of a piece until it knows more.'''
@@ -41,340 +22,247 @@ class Flows(BaseAgent):
         return text.removesuffix(self.held).replace("x", "xx")
 
     async def on_end(self):
-        return self.held.replace("x", "xx") + "."
+        return self.held.replace("x", "xx") + f".{self.context.finish}"
 """
 LISTS = """
 class Lists(BaseAgent):
     async def on_end(self):
         return "\\nSources: a"
 """
+PONDERS = """
+class Ponders(BaseAgent):
+    async def on_chunk(self, text):
+        await asyncio.sleep(30 if text == "b" else 0)  # the agent's, and never waited for
+        return text.upper()
+"""
 
 
 @pytest.fixture
-def agents(plugins: Path) -> Path:
-    write_agent(plugins, "holds", HOLDS)
-    write_agent(plugins, "flows", FLOWS)
-    write_agent(plugins, "lists", LISTS)
-    return plugins
+def agents(house: House) -> House:
+    for name, code in (("flows", FLOWS), ("lists", LISTS), ("ponders", PONDERS)):
+        support.write_agent(house.plugins, name, code)
+    house.add("holds", response="f'<{response}>'")
+    house.add("ends", response="f'{response} {self.context.finish}'")
+    house.add("fails", response="1 / 0")
+    house.add("idle", "pass")
+    return house
 
 
-async def stream(
-    client: httpx.AsyncClient, text: str, path: str = "/api/chat", **more: Any
-) -> bytes:
-    answer = await client.post(path, json=turn(text, stream=True, **more))
+async def stream(house: House, path: str, typed: str, **fields: Any) -> bytes:
+    answer = await house.ask(path, typed, stream=True, **fields)
     assert answer.status_code == 200
     return answer.content
 
 
-def frames(body: bytes) -> list[Any]:
-    return [json.loads(part) for part in body.decode().split("\n") if part]
-
-
-async def test_held_text_leaves_before_the_end_in_a_copy_of_the_last_text_frame(
-    ollama: FakeOllama, ollama_url: str, agents: Path
+@pytest.mark.parametrize(
+    ("typed", "before", "after"),
+    [
+        ("/holds q", ["a", " b"], ["", "", "<a b>"]),
+        ("/flows q", ["ax", "xb", "x"], ["a", "xxxxb", "", "xx.stop"]),
+        ("/lists q", ["a"], ["a", "\nSources: a"]),
+        ("/holds /lists /flows q", ["x"], ["", "<xx>\nSources: a.stop"]),
+        ("/holds /lists /fails q", [], []),
+    ],
+)
+@pytest.mark.parametrize("path", PATHS)
+async def test_held_and_added_text_leaves_before_the_end_in_a_frame_like_the_last(
+    agents: House, path: str, typed: str, before: list[str], after: list[str]
 ) -> None:
-    last = line(" b", message={"thinking": "hm"}, logprobs=[1], other=2)
-    ollama.answers(line("a"), last, done())
+    agents.ollama.says(path, *before)
+    streamed = await stream(agents, path, typed)
+    agents.ollama.says(path, *before, stream=False)
+    answer = await agents.ask(path, typed, stream=False)
 
-    async with running(ollama_url, agents) as client:
-        body = await stream(client, "/holds x")
-
-    assert body == b"".join(
-        [
-            line(""),
-            line("", message={"thinking": "hm"}, logprobs=[1], other=2),
-            line("<a b>", other=2),
-            done(),
-        ]
-    )
+    assert streamed == b"".join(frames(path, *after))
+    assert answer.content == whole(path, "".join(after))
+    assert outcomes(answer) == ", ".join(f"{name[1:]};ok" for name in typed.split()[:-1])
 
 
-async def test_the_same_for_openai_whose_role_is_said_once(
-    ollama: FakeOllama, ollama_url: str, agents: Path
-) -> None:
+async def test_what_stands_beside_the_text_stays_and_is_not_said_twice(agents: House) -> None:
+    thinking, odd = line("", message={"thinking": "hm"}), b'{"model":"m", "strange":true}\n'
+    last = {"message": {"thinking": "hm"}, "other": [1.5, 2**60]}
     usage = b'data: {"model":"m","choices":[],"usage":{"total_tokens":3}}\n\n'
-    ending = event(None, "stop")
-    ollama.answers(event("a", role="assistant"), event(" b"), ending, usage, DONE, kind=SSE)
+    end, ends = done(total_duration=2**53 + 1), [event(None, "stop"), usage, support.DONE]
 
-    async with running(ollama_url, agents) as client:
-        body = await stream(client, "/holds x", "/v1/chat/completions")
+    agents.ollama.answers(thinking, odd, line("a"), line(" b", **last, logprobs=[1]), end)
+    native = await stream(agents, CHAT, "/holds q")
+    agents.ollama.answers(done("a", total_duration=2**53 + 1))
+    alone = await stream(agents, CHAT, "/holds q")
+    agents.ollama.answers(event("a", role="assistant"), *ends)
+    completion = await stream(agents, COMPLETIONS, "/holds q")
 
-    expected = [event("", role="assistant"), event(""), event("<a b>"), ending, usage, DONE]
-    assert body == b"".join(expected)
+    held = [
+        line(""),
+        line("", **last, logprobs=[1]),
+        line("<a b>", other=last["other"]),
+    ]
+    assert native == b"".join([thinking, odd, *held, end])
+    assert alone == done("<a>", total_duration=2**53 + 1)
+    assert completion == b"".join([event("", role="assistant"), event("<a>"), *ends])
 
 
-async def test_text_flows_through_on_chunk_and_what_was_kept_back_comes_at_the_end(
-    ollama: FakeOllama, ollama_url: str, agents: Path
+# How an answer ends: what stands in the frames of `frames`, and what stands there instead
+CALL = {"message": {"role": "assistant", "content": "", "tool_calls": [{"function": {}}]}}
+DELTA = event(None, tool_calls=[{"index": 0, "function": {"name": "f"}}])
+BLOCK = b'data: {"type":"content_block_start","index":1,"content_block":{"type":"tool_use"}}\n\n'
+ITEM = b'data: {"type":"response.output_item.added","item":{"type":"function_call"}}\n\n'
+CUT = b'"max_output_tokens":9,"usage":{"input_tokens":0,"output_tokens":9'
+
+
+@pytest.mark.parametrize(
+    ("path", "finish", "old", "new"),
+    [
+        (CHAT, "length", b'"done_reason":"stop"', b'"done_reason":"length"'),
+        (COMPLETIONS, "length", b'"finish_reason":"stop"', b'"finish_reason":"length"'),
+        (MESSAGES, "length", b'"end_turn"', b'"max_tokens"'),
+        (MESSAGES, "stop", b'"end_turn"', b'"stop_sequence"'),
+        (RESPONSES, "length", b'"usage":{"input_tokens":0,"output_tokens":0', CUT),
+        (CHAT, "tool_calls", frames(CHAT)[-1], support.dumped(CALL) + frames(CHAT)[-1]),
+        (COMPLETIONS, "tool_calls", frames(COMPLETIONS)[-2], DELTA + frames(COMPLETIONS)[-2]),
+        (MESSAGES, "tool_calls", b'"end_turn"', b'"tool_use"'),
+        (MESSAGES, "tool_calls", frames(MESSAGES)[-2], BLOCK + frames(MESSAGES)[-2]),
+        (RESPONSES, "tool_calls", b"event: response.output_text.done", ITEM),
+    ],
+)
+async def test_agents_are_told_how_an_answer_finished(
+    agents: House, path: str, finish: str, old: bytes, new: bytes
 ) -> None:
-    ollama.answers(line("ax"), line("xb"), line("x"), done())
+    sent = b"".join(frames(path, "a"))
+    agents.ollama.answers(sent.replace(old, new))
 
-    async with running(ollama_url, agents) as client:
-        body = await stream(client, "/flows q")
+    body = await stream(agents, path, "/ends /flows q")
 
-    assert body == b"".join([line("a"), line("xxxxb"), line(""), line("xx."), done()])
+    assert said(body) == f"a {finish}.{finish}" and old in sent
 
 
-@pytest.mark.parametrize("typed", ["/flows", "/holds", "/flows /holds", "/holds /flows /lists"])
-@pytest.mark.parametrize("path", ["/api/chat", "/v1/chat/completions"])
-async def test_the_joined_text_never_depends_on_how_it_was_split(
-    ollama: FakeOllama, ollama_url: str, agents: Path, typed: str, path: str
+async def test_frames_that_came_together_leave_together_but_do_not_wait_for_agents(
+    agents: House,
 ) -> None:
-    text = "xax\U0001f600 öx\u2028\u0085 x"
-    encode = line if path == "/api/chat" else event
-    ends = [done()] if path == "/api/chat" else [event(None, "stop"), DONE]
-    results = set()
-
-    async with running(ollama_url, agents) as client:
-        for size in (1, 3, len(text)):
-            pieces = [text[at : at + size] for at in range(0, len(text), size)]
-            kind = NDJSON if path == "/api/chat" else SSE
-            ollama.answers(*map(encode, pieces), *ends, kind=kind)
-            results.add(said(await stream(client, f"{typed} q", path)))
-        whole = {"message": {"content": text}, "done": True}
-        choice = {"message": {"content": text}, "finish_reason": "stop"}
-        body = whole if path == "/api/chat" else {"model": "m", "choices": [choice]}
-        ollama.answers(dumped(body), kind="application/json")
-        results.add(said((await client.post(path, json=turn(f"{typed} q"))).content))
-
-    assert len(results) == 1 and results != {text}
-
-
-async def test_frames_are_split_on_bytes_wherever_the_network_cut_them(
-    ollama: FakeOllama, ollama_url: str, agents: Path
-) -> None:
-    body = line("aé\u2028") + line("x\U0001f600", other={"k": [1.5, 2**60]}) + done("", eval=12)
-    results = set()
-
-    async with running(ollama_url, agents) as client:
-        for at in range(0, len(body), 7):
-            ollama.answers(body[:at], body[at:])
-            results.add(await stream(client, "/flows q"))
-
-    assert [said(result) for result in results] == ["aé\u2028xx\U0001f600."]
-
-
-async def test_frames_that_came_together_leave_together_and_none_is_empty(
-    ollama: FakeOllama, ollama_url: str, agents: Path
-) -> None:
-    ollama.answers(line("a") + line("b") + done())
-
-    async with running(ollama_url, agents) as client:
-        raw = await raw_answer(client, turn("/flows q"))
-
-    assert [chunk.endswith(b"\n") for chunk in raw] == [True]
-    assert len(raw[0].splitlines()) == 4
-
-
-async def test_a_frame_does_not_wait_for_the_agent_that_works_on_the_next_one(
-    ollama: FakeOllama, ollama_url: str, plugins: Path
-) -> None:
-    code = """
-    class Ponders(BaseAgent):
-        async def on_chunk(self, text):
-            await asyncio.sleep(30 if text == "b" else 0)  # the agent's, and never waited for
-            return text.upper()
-    """
-    write_agent(plugins, "ponders", code)
-    ollama.answers(line("a") + line("b"))
-
-    async with running(ollama_url, plugins) as client:
-        async with client.stream("POST", "/api/chat", json=turn("/ponders q")) as answer:
+    async with agents.open() as client:
+        agents.ollama.answers(line("a") + line("b") + done())
+        async with client.stream("POST", CHAT, json=turn("/flows q")) as answer:
+            raw = [chunk async for chunk in answer.aiter_raw()]
+        agents.ollama.answers(line("a") + line("b"))
+        async with client.stream("POST", CHAT, json=turn("/ponders q")) as answer:
             first = await anext(answer.aiter_raw())
 
+    assert len(raw) == 1 and len(raw[0].splitlines()) == 4
     assert said(first) == "A"
 
 
-async def raw_answer(client: httpx.AsyncClient, body: Any) -> list[bytes]:
-    """Return the chunks of a chunked answer as they stood on the wire."""
-    host, port = client.base_url.host, client.base_url.port
-    reader, writer = await asyncio.open_connection(host, port)
-    data = json.dumps(body).encode()
-    head = f"POST /api/chat HTTP/1.1\r\nHost: localhost\r\nContent-Length: {len(data)}\r\n\r\n"
-    writer.write(head.encode() + data)
-    await reader.readuntil(b"\r\n\r\n")
-    chunks = []
-    while size := int(await reader.readline(), 16):
-        chunks.append(await reader.readexactly(size))
-        await reader.readexactly(2)
-    writer.close()
-    return chunks
+EVENT = b'event: error\ndata: {"type":"error","error":{"message":"x"}}\n\n'
+HIDDEN = b'data: {"model":"","choices":[{"index":0,"delta":{"content":""}}]}\n\n'
+ERRORS = [(CHAT, b'{"error":"x"}\n'), (COMPLETIONS, HIDDEN), (MESSAGES, EVENT), (RESPONSES, EVENT)]
 
 
-async def test_thinking_and_unknown_frames_pass_at_once_and_unchanged(
-    ollama: FakeOllama, ollama_url: str, agents: Path
+@pytest.mark.parametrize(("path", "error"), [*ERRORS, *((path, b"") for path in PATHS)])
+async def test_where_ollama_breaks_off_or_hides_an_error_held_text_leaves_as_it_was(
+    agents: House, path: str, error: bytes
 ) -> None:
-    thinking = line("", message={"thinking": "let me see"})
-    odd = b'{"model":"m", "strange":true}\n'
-    ollama.answers(thinking, odd, b"no json\n", line("a"), done())
+    at = next(n for n, frame in enumerate(frames(path, "?")) if said(frame))
+    rest = [error, done()] if error else [agents.ollama.breaks]
+    agents.ollama.answers(*frames(path, "a", "x")[: at + 2], *rest)
+    got, request = b"", chat(path, "/holds /lists /fails /flows q", stream=True)
 
-    async with running(ollama_url, agents) as client:
-        body = await stream(client, "/holds x")
-
-    assert body.startswith(thinking + odd + b"no json\n" + line("") + line("<a>"))
-
-
-@pytest.mark.parametrize("where", ["before done", "in done"])
-async def test_tool_calls_survive_and_end_the_text(
-    ollama: FakeOllama, ollama_url: str, agents: Path, where: str
-) -> None:
-    calls = {"tool_calls": [{"function": {"name": "f", "arguments": {"z": 1, "a": "x"}}}]}
-    ends = [line("", message=calls), done()]
-    if where == "in done":
-        ends = [done(message=calls)]
-    ollama.answers(line("a"), *ends)
-
-    async with running(ollama_url, agents) as client:
-        body = await stream(client, "/holds x", tools=[{"type": "function"}])
-
-    assert body == line("") + line("<a>") + b"".join(ends)
-
-
-async def test_a_last_frame_with_text_keeps_its_numbers(
-    ollama: FakeOllama, ollama_url: str, agents: Path
-) -> None:
-    ollama.answers(done("all of it", total_duration=2**53 + 1))
-
-    async with running(ollama_url, agents) as client:
-        body = await stream(client, "/holds /lists x")
-
-    assert body == done("<all of it>\nSources: a", total_duration=2**53 + 1)
-
-
-async def test_where_there_is_no_text_nothing_is_added(
-    ollama: FakeOllama, ollama_url: str, agents: Path
-) -> None:
-    ollama.answers(done())
-
-    async with running(ollama_url, agents) as client:
-        assert await stream(client, "/holds /lists x") == done()
-
-
-@pytest.mark.parametrize("path", ["/api/chat", "/v1/chat/completions"])
-async def test_an_error_in_a_stream_is_the_end_of_all_editing(
-    ollama: FakeOllama, ollama_url: str, agents: Path, path: str
-) -> None:
-    hidden = b'data: {"model":"","choices":[{"index":0,"delta":{"content":""}}]}\n\n'
-    error = b'{"error":"out of memory"}\n' if path == "/api/chat" else hidden
-    first = line("a") if path == "/api/chat" else event("a")
-    emptied = line("") if path == "/api/chat" else event("")
-    ollama.answers(first, error, kind=NDJSON if path == "/api/chat" else SSE)
-
-    async with running(ollama_url, agents) as client:
-        assert await stream(client, "/holds /lists x", path) == emptied + error
-
-
-async def test_a_stream_that_ends_without_done_has_ended(
-    ollama: FakeOllama, ollama_url: str, agents: Path
-) -> None:
-    ollama.answers(line("a"), line("b").rstrip())
-
-    async with running(ollama_url, agents) as client:
-        body = await stream(client, "/holds x")
-
-    assert body == line("") + line("").rstrip() + line("<ab>")
-
-
-async def test_a_stream_that_breaks_stays_broken(
-    ollama: FakeOllama, ollama_url: str, agents: Path
-) -> None:
-    ollama.answers(line("a"), ollama.breaks)
-    got = b""
-
-    async with running(ollama_url, agents) as client:
-        with pytest.raises(httpx.RemoteProtocolError):
-            async with client.stream("POST", "/api/chat", json=turn("/holds x")) as answer:
+    async with agents.open() as client:
+        try:
+            async with client.stream("POST", path, json=request) as answer:
                 async for chunk in answer.aiter_raw():
                     got += chunk
+        except httpx.RemoteProtocolError:
+            assert not error
 
-    assert got == line("")
+    expected = frames(path, "", "", "axx.")[: at + 3]
+    assert got == b"".join([*expected, *([error, done()] if error else [])])
 
 
-@pytest.mark.parametrize(
-    ("fields", "path"),
-    [
-        ({"format": {"type": "object"}}, "/api/chat"),
-        ({"logprobs": True}, "/api/chat"),
-        ({"response_format": {"type": "json_object"}}, "/v1/chat/completions"),
-    ],
-)
-async def test_where_an_edit_would_lie_response_hooks_step_aside(
-    ollama: FakeOllama, ollama_url: str, agents: Path, fields: dict[str, Any], path: str
-) -> None:
-    frame = line("{}") if path == "/api/chat" else event("{}")
-    ollama.answers(frame, kind=NDJSON if path == "/api/chat" else SSE)
-
-    async with running(ollama_url, agents) as client:
-        assert await stream(client, "/holds x", path, **fields) == frame
+JSON = {"type": "json_object"}
 
 
 @pytest.mark.parametrize(
-    ("fields", "path"),
+    ("path", "fields", "structured"),
     [
-        ({"format": ""}, "/api/chat"),
-        ({"format": None}, "/api/chat"),
-        ({"response_format": {"type": "text"}}, "/v1/chat/completions"),
+        (CHAT, {"format": {"type": "object"}}, True),
+        (CHAT, {"logprobs": True}, True),
+        (COMPLETIONS, {"response_format": JSON}, True),
+        (COMPLETIONS, {"top_logprobs": 2}, True),
+        (MESSAGES, {"output_config": {"format": {"type": "json_schema"}}}, True),
+        (RESPONSES, {"text": {"format": JSON}}, True),
+        (CHAT, {"format": "", "logprobs": False}, False),
+        (COMPLETIONS, {"response_format": {"type": "text"}}, False),
+        (MESSAGES, {"output_config": {"effort": "low"}}, False),
+        (RESPONSES, {"text": {"format": {"type": "text"}}}, False),
     ],
 )
-async def test_no_format_is_no_structured_output(
-    ollama: FakeOllama, ollama_url: str, agents: Path, fields: dict[str, Any], path: str
+async def test_response_hooks_and_notices_step_aside_where_an_edit_would_lie(
+    agents: House, path: str, fields: dict[str, Any], structured: bool
 ) -> None:
-    frame = line("a") if path == "/api/chat" else event("a")
-    ollama.answers(frame, kind=NDJSON if path == "/api/chat" else SSE)
+    agents.add("json", response="f'[{response}]'", structured=True)
+    agents.add("bad", "1 / 0")
 
-    async with running(ollama_url, agents) as client:
-        assert said(await stream(client, "/holds x", path, **fields)) == "<a>"
+    answer = await agents.ask(path, "/bad /holds /json q", **fields)
+
+    edited = "y" if "logprobs" in str(fields) else "[y]"
+    notice = "\n\n[without bad: it failed, the proxy's log says why]"
+    assert said(answer.content) == (edited if structured else f"[<y>]{notice}")
 
 
-async def test_an_agent_that_speaks_json_may_edit_it(
-    ollama: FakeOllama, ollama_url: str, plugins: Path
+ZIPPED = [("content-encoding", "gzip")]
+
+
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("body", [b"\x1f\x8b", b"{no json\n", b'data: {"\n\n'])
+@pytest.mark.parametrize("stream", [True, False])
+async def test_an_answer_that_cannot_be_read_passes_and_is_said_but_not_past_a_guard(
+    agents: House, path: str, body: bytes, stream: bool
 ) -> None:
-    write_agent(plugins, "holds", HOLDS, structured=True)
-    ollama.answers(line("{}"), done())
+    headers = ZIPPED if body == b"\x1f\x8b" else []
+    agents.ollama.answers(body, kind="text/plain", headers=headers)
+    request = chat(path, "/holds /idle /flows q", stream=stream)
 
-    async with running(ollama_url, plugins) as client:
-        assert said(await stream(client, "/holds x", format="json")) == "<{}>"
+    async with agents.open() as client:
+        async with client.stream("POST", path, json=request) as answer:
+            got = b"".join([chunk async for chunk in answer.aiter_raw()])
+    agents.add("guard", response="response", always=True, on_error="abort")
+    refused = await agents.ask(path, "q", stream=stream)
+
+    assert got == body and outcomes(answer) == "holds;unread, idle;ok, flows;unread"
+    assert ("accept-encoding", "identity") in agents.ollama.asked[0].headers
+    assert refused.status_code == 403 and "the agent guard cannot see" in refused.text
 
 
-@pytest.mark.parametrize(
-    "head",
-    [
-        {"kind": "application/json", "headers": [("content-encoding", "gzip")]},
-        {"kind": "text/plain"},
-        {"kind": "application/json", "status": 206},
-    ],
-)
-async def test_an_answer_that_cannot_be_read_passes_unedited(
-    ollama: FakeOllama, ollama_url: str, agents: Path, head: dict[str, Any]
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("kind", ["application/json", "text/plain", "application/x-ndjson", ""])
+async def test_whether_it_streams_is_decided_by_the_request_and_not_by_a_mislabelled_type(
+    agents: House, path: str, kind: str
 ) -> None:
-    ollama.answers(b"\x1f\x8b anything", **head)
+    agents.ollama.answers(*frames(path, "a", "b"), kind=kind)
+    streamed = await agents.ask(path, "/holds q", stream=True)
+    agents.ollama.answers(whole(path, "ab"), kind=kind)
+    answer = await agents.ask(path, "/holds q", stream=False)
 
-    async with running(ollama_url, agents) as client:
-        async with client.stream("POST", "/api/chat", json=turn("/holds x")) as answer:
-            body = b"".join([chunk async for chunk in answer.aiter_raw()])
-
-    assert body == b"\x1f\x8b anything"
-    assert ("accept-encoding", "identity") in ollama.asked[0].headers
+    assert streamed.content == b"".join(frames(path, "", "", "<ab>"))
+    assert answer.content == whole(path, "<ab>")
+    assert answer.headers["content-type"] == streamed.headers["content-type"] == kind
 
 
-async def test_only_the_first_choice_is_edited(
-    ollama: FakeOllama, ollama_url: str, agents: Path
-) -> None:
+async def test_only_the_first_choice_is_edited(agents: House) -> None:
     choices = [{"index": n, "message": {"content": "a"}, "finish_reason": "stop"} for n in (1, 0)]
-    ollama.answers(dumped({"model": "m", "choices": choices}), kind="application/json")
+    agents.ollama.answers(support.dumped({"model": "m", "choices": choices}))
 
-    async with running(ollama_url, agents) as client:
-        answer = await client.post("/v1/chat/completions", json=turn("/holds x"))
+    answer = await agents.ask(COMPLETIONS, "/holds x")
 
     assert [c["message"]["content"] for c in answer.json()["choices"]] == ["a", "<a>"]
 
 
-async def test_an_edited_frame_stays_one_line_for_every_client(
-    ollama: FakeOllama, ollama_url: str, agents: Path
-) -> None:
-    ollama.answers(line("a\u0085b\u2028c\u2029xSb").replace(b"S", b"\\ud800"), done())
+async def test_instructions_are_echoed_as_the_client_sent_them(agents: House) -> None:
+    """Ollama repeats what it was sent, and that is what the agents made of it."""
+    agents.add("note", "add_system(payload, 'note')")
+    sent = b"".join(frames(RESPONSES, "a")).replace(b'"instructions":null', b'"instructions":"n"')
+    agents.ollama.answers(sent)
 
-    async with running(ollama_url, agents) as client:
-        body = await stream(client, "/flows x")
+    none = await stream(agents, RESPONSES, "/note q")
+    some = await stream(agents, RESPONSES, "/note q", instructions="be brief")
 
-    assert len(body.decode().splitlines()) == len(body.split(b"\n")) - 1
-    assert frames(body)[0]["message"]["content"] == "a\u0085b\u2028c\u2029xx\ud800b"
+    assert none.count(b'"instructions":null') == some.count(b'"instructions":"be brief"') == 3
+    assert agents.ollama.asked[1].json["instructions"] == "note\n\nbe brief"

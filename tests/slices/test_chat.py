@@ -3,377 +3,250 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 from typing import Any
 
 import anyio
-import httpx
 import pytest
 
-from tests.support import DONE, FakeOllama, done, event, line, running, said, turn, write_agent
+from tests.support import PATHS, House, chat, done, frames, message, outcomes, parts, said
 
-PATHS = ["/api/chat", "/v1/chat/completions"]
-
-SHOUT = """
-class Shout(BaseAgent):
-    '''Answers in capitals.'''
-
-    async def on_response(self, response):
-        return response.upper()
-"""
-NOTE = """
-class Note(BaseAgent):
-    '''Adds a note.'''
-
-    async def on_request(self, payload):
-        return add_system(payload, f"note {self.arguments['text']}")
-"""
+CHAT, COMPLETIONS, MESSAGES, RESPONSES = PATHS
+NOTE = "add_system(payload, 'note ' + self.arguments['text'])"
+TELLS = "add_context(payload, f'{self.context.continuation} {self.context.prompt!r}')"
 
 
 @pytest.fixture
-def agents(plugins: Path) -> Path:
-    write_agent(plugins, "shout", SHOUT)
-    write_agent(plugins, "note", NOTE, arguments={"text": "nothing", "n": 1})
-    return plugins
-
-
-async def ask(client: httpx.AsyncClient, path: str, text: str, **fields: Any) -> str:
-    answer = await client.post(path, json=turn(text, **fields))
-    assert answer.status_code == 200, answer.text
-    return said(answer.content)
+def agents(house: House) -> House:
+    house.add("shout", response="response.upper()")
+    house.add("note", NOTE, arguments={"text": "nothing", "n": 1})
+    house.add("tells", TELLS)
+    return house
 
 
 @pytest.mark.parametrize("path", PATHS)
 @pytest.mark.parametrize("stream", [True, False])
-async def test_without_a_command_the_bytes_of_the_client_go_to_the_model(
-    ollama: FakeOllama, ollama_url: str, agents: Path, path: str, stream: bool
+async def test_without_a_command_bytes_pass_and_with_one_request_and_answer_change(
+    agents: House, path: str, stream: bool
 ) -> None:
-    ollama.answers(done("hi"))
-    body = b'{ "messages":[{"role":"user","content":"sk\xc3\xbd /note"}],"model":"m" , "x":1.0}'
+    body = json.dumps(chat(path, "see /note", stream=stream), indent=1).encode()
+    agents.ollama.says(path, "I see", stream=stream)
 
-    async with running(ollama_url, agents) as client:
-        await client.post(path, content=body)
+    async with agents.open() as client:
+        plain = await client.post(path, content=body)
+        answer = await agents.post(client, path, "/note:hello /shout why?", stream=stream)
 
-    assert ollama.asked[0].body == body
+    first, second = agents.ollama.asked
+    assert first.body == body and said(plain.content) == "I see"
+    system = {MESSAGES: "system", RESPONSES: "instructions"}.get(path)
+    assert agents.sent[1] == ([] if system else ["note hello"]) + ["why?"]
+    assert second.json.get(system) == ("note hello" if system else None)
+    assert said(answer.content) == "I SEE" and "x-osp-agents" not in plain.headers
+
+
+IMAGE = {"type": "image_url", "image_url": {"url": "data:,"}}
+REMINDER = "<system-reminder>\n/shout x\n</system-reminder>"
+
+
+@pytest.mark.parametrize("path", [COMPLETIONS, MESSAGES, RESPONSES])
+@pytest.mark.parametrize(
+    ("typed", "sent", "prompt"),
+    [
+        (["/tells", "question"], ["C\n\nquestion"], "question"),
+        (["/tells", IMAGE, " \n"], [IMAGE, "C\n\n \n"], " \n"),
+        (["context", "/tells question"], ["context", "C\n\nquestion"], "question"),
+        (["/tells Hello.", "question"], ["Hello.", "C\n\nquestion"], "Hello.\n\nquestion"),
+        ([REMINDER, REMINDER, " /tells q"], [REMINDER, REMINDER, "C\n\nq"], "q"),
+        ([IMAGE, "/tells what?"], [IMAGE, "C\n\nwhat?"], "what?"),
+        (["a", "/tells b", "/shout c"], ["a", "b", "C\n\nc"], "b\n\nc"),
+    ],
+)
+async def test_of_several_parts_any_may_begin_with_the_command(
+    agents: House, path: str, typed: list[Any], sent: list[Any], prompt: str
+) -> None:
+    before = message("user", parts(path, "old", "/shout older"))
+
+    answer = await agents.ask(path, before, message("user", parts(path, *typed)))
+
+    found = f"False {prompt!r}"
+    expected = [part if part is IMAGE else part.replace("C", found) for part in sent]
+    assert agents.sent[0] == [parts(path, "old", "older"), parts(path, *expected)]
+    assert outcomes(answer) == "tells;ok"
+
+
+RESULTS = [{"type": "tool_result", "tool_use_id": "t"}, *parts(MESSAGES, REMINDER)]
+CALLS: dict[str, list[Any]] = {
+    CHAT: [message("assistant", "", tool_calls=[]), message("tool", "rain")],
+    COMPLETIONS: [message("assistant", None, tool_calls=[]), message("tool", "rain")],
+    MESSAGES: [message("assistant", None), message("user", RESULTS), message("system", "s")],
+    RESPONSES: [{"type": "function_call"}, {"type": "function_call_output", "output": "rain"}],
+}
 
 
 @pytest.mark.parametrize("path", PATHS)
-@pytest.mark.parametrize("stream", [True, False])
-async def test_a_command_changes_request_and_answer(
-    demo_url: str, agents: Path, path: str, stream: bool
+async def test_the_last_user_message_decides_also_after_a_tool_and_the_history_loses_commands(
+    agents: House, path: str
 ) -> None:
-    async with running(demo_url, agents) as client:
-        text = await ask(client, path, "/note:hello /shout why?", stream=stream)
+    """Claude Code sends a system message last, Codex a developer's first."""
+    history = [message("developer", "/note d"), "/shout&/note one", message("assistant", "/note")]
+    system = message("system", "/note s")
 
-    assert text == "I AM THE DEMO MODEL. I WAS SENT:\n[SYSTEM] NOTE HELLO\n[USER] WHY?"
+    async with agents.open() as client:
+        for messages in (["/tells two", system], ["/tells two", *CALLS[path]], ["two"]):
+            await agents.post(client, path, *history, *messages)
+
+    before = ["/note d", "one", "/note"]
+    calls = [each.get("content") for each in CALLS[path]]
+    new, goes_on, without = agents.sent
+    assert new == [*before, "False 'two'\n\ntwo", "/note s"]
+    assert goes_on == [*before, "True 'two'\n\ntwo", *calls]
+    assert without == [*before, "two"]
 
 
-@pytest.mark.parametrize(
-    ("typed", "sent"),
-    [
-        ("/etc/passwd is a file", "/etc/passwd is a file"),
-        ("/shrug", "/shrug"),
-        ("/9j/4AAQ", "/9j/4AAQ"),
-        ("what is /note", "what is /note"),
-        ("//note is a command", "/note is a command"),
-        ("  /NOTE x", "[system] note nothing\n[user] x"),
-        ("/note /note:again x", "[system] note again\n[user] x"),
-        ("/note:text=a,n=2\n x", "[system] note a\n[user] x"),
-    ],
-)
-async def test_what_is_typed_is_a_command_or_text(
-    demo_url: str, agents: Path, typed: str, sent: str
+SHOUT = b'{"model":"m","messages":[{"role":"user","content":"/shout x"}]}'
+SPELT = {
+    b"]}": [b"]", b"]} x", b'],"seed":NaN}', b'],"seed":1e999}', b'],"Stream":true}'],
+    b"}]}": [b'}],"model":"m"}', b'}],"options":7}', b'}],"options":' + b"[" * 99999],
+    b"x": [b"\xff", b"x" * 2**17],
+    b'"model"': [b'"Model"'],
+    b'"m"': [b"5"],
+    b'"role"': [b'"role":"user","role"', b'"Content":"","role"'],
+    b'"/shout x"': [b'["/shout x"]', b'[{"type":"text","Text":"/shout x"}]'],
+    b'[{"role":"user","content":"/shout x"}]': [b'"/shout x"'],
+}
+DOUBTFUL = [SHOUT.replace(old, new) for old, spelt in SPELT.items() for new in spelt]
+
+
+@pytest.mark.parametrize("path", PATHS[:3])
+async def test_a_body_that_is_doubtful_or_too_large_is_not_touched(
+    agents: House, path: str
 ) -> None:
-    async with running(demo_url, agents) as client:
-        text = await ask(client, "/api/chat", typed)
+    agents.ollama.answers(b'{"error":"so says Ollama"}', status=400, kind="application/json")
 
-    assert text.removeprefix("I am the demo model. I was sent:\n").removeprefix("[user] ") == sent
+    async with agents.open(server={"max_body": 2**17}) as client:
+        for body in [b"", b"null", b"[]", b"\xef\xbb\xbf" + SHOUT, *DOUBTFUL]:
+            answer = await client.post(path, content=body)
 
-
-async def test_commands_leave_the_history_and_only_the_last_user_message_decides(
-    ollama: FakeOllama, ollama_url: str, agents: Path
-) -> None:
-    messages = [
-        {"role": "user", "content": "/shout first"},
-        {"role": "assistant", "content": "FIRST"},
-        {"role": "User", "content": "second"},
-    ]
-    ollama.answers(line("quiet"), done())
-
-    async with running(ollama_url, agents) as client:
-        answer = await client.post("/api/chat", json={"model": "m", "messages": messages})
-
-    assert [m["content"] for m in ollama.asked[0].json["messages"]] == ["first", "FIRST", "second"]
-    assert said(answer.content) == "quiet"
-
-
-async def test_a_turn_that_goes_on_after_a_tool_keeps_its_agents(
-    ollama: FakeOllama, ollama_url: str, plugins: Path
-) -> None:
-    code = """
-    class Tells(BaseAgent):
-        async def on_request(self, payload):
-            return add_system(payload, str(self.context.continuation))
-    """
-    write_agent(plugins, "tells", code)
-    said_so_far = turn("/tells weather?")["messages"]
-    tool = [{"role": "assistant", "content": ""}, {"role": "tool", "content": "rain"}]
-    ollama.answers(done("ok"))
-
-    async with running(ollama_url, plugins) as client:
-        for messages in (said_so_far, said_so_far + tool):
-            await client.post("/api/chat", json={"model": "m", "messages": messages})
-
-    assert [asked.json["messages"][0]["content"] for asked in ollama.asked] == ["False", "True"]
-
-
-async def test_content_as_parts_keeps_its_images(
-    ollama: FakeOllama, ollama_url: str, agents: Path
-) -> None:
-    image = {"type": "image_url", "image_url": {"url": "data:,"}}
-    parts = [image, {"type": "text", "text": "/shout what is this?"}]
-    ollama.answers(event("a cat"), event(None, "stop"), DONE, kind="text/event-stream")
-    body = {"model": "m", "messages": [{"role": "user", "content": parts}], "stream": True}
-
-    async with running(ollama_url, agents) as client:
-        answer = await client.post("/v1/chat/completions", json=body)
-
-    sent = ollama.asked[0].json["messages"][0]["content"]
-    assert sent == [image, {"type": "text", "text": "what is this?"}]
-    assert said(answer.content) == "A CAT"
-
-
-@pytest.mark.parametrize(
-    "body",
-    [
-        b"",
-        b"null",
-        b"[]",
-        b'{"model":"m","messages":[{"role":"user","content":"/shout x"}]} trailing',
-        b'\xef\xbb\xbf{"model":"m","messages":[{"role":"user","content":"/shout x"}]}',
-        b'{"model":"m","messages":[{"role":"user","content":"/shout \xff"}]}',
-        b'{"model":"m","messages":[{"role":"user","content":"/shout x"}],"seed":NaN}',
-        b'{"model":"m","messages":[{"role":"user","content":"/shout x"}],"seed":1e999}',
-        b'{"Model":"m","messages":[{"role":"user","content":"/shout x"}]}',
-        b'{"model":"m","messages":[{"role":"user","Content":"/shout x"}]}',
-        b'{"model":"m","messages":[{"role":"user","content":["/shout x"]}]}',
-        b'{"model":"m","messages":"/shout x"}',
-        b'{"model":5,"messages":[{"role":"user","content":"/shout x"}]}',
-        b'{"model":"m","messages":[{"role":"user","content":"/shout x"}],"options":' + b"[" * 99999,
-    ],
-)
-async def test_a_doubtful_body_is_not_touched(
-    ollama: FakeOllama, ollama_url: str, agents: Path, body: bytes
-) -> None:
-    ollama.answers(b'{"error":"so says Ollama"}', status=400, kind="application/json")
-
-    async with running(ollama_url, agents) as client:
-        answer = await client.post("/api/chat", content=body)
-
-    assert ollama.asked[0].body == body
-    assert (answer.status_code, answer.content) == (400, b'{"error":"so says Ollama"}')
-    assert "x-osp-agents" not in answer.headers
-
-
-@pytest.mark.parametrize("messages", [{}, {"messages": []}, {"messages": None}])
-async def test_loading_and_unloading_is_nobodys_turn(
-    ollama: FakeOllama, ollama_url: str, plugins: Path, messages: dict[str, Any]
-) -> None:
-    write_agent(plugins, "shout", SHOUT, always=True)
-    loaded = done("", done_reason="load").strip()
-    ollama.answers(loaded, kind="application/json; charset=utf-8")
-
-    async with running(ollama_url, plugins) as client:
-        answer = await client.post("/api/chat", json={"model": "m", "keep_alive": 0, **messages})
-
-    assert ollama.asked[0].json == {"model": "m", "keep_alive": 0, **messages}
-    assert answer.content == loaded
-
-
-async def test_a_body_over_the_limit_streams_through_untouched(
-    ollama: FakeOllama, ollama_url: str, agents: Path
-) -> None:
-    ollama.answers(done("ok"))
-    body = turn("/shout " + "x" * 5000)
-
-    async with running(ollama_url, agents, server={"max_body": 4096}) as client:
-        answer = await client.post("/api/chat", json=body)
-
-    assert ollama.asked[0].json == body
-    assert said(answer.content) == "ok"
+            assert agents.ollama.asked[-1].body == body and "x-osp-agents" not in answer.headers
+            assert (answer.status_code, answer.content) == (400, b'{"error":"so says Ollama"}')
 
 
 @pytest.mark.parametrize("path", PATHS)
-async def test_an_error_answer_passes_unedited(
-    ollama: FakeOllama, ollama_url: str, agents: Path, path: str
-) -> None:
+async def test_an_error_answer_passes_unedited(agents: House, path: str) -> None:
     error = b'{"error":"model \'m\' not found","message":{"content":"small"}}'
-    ollama.answers(error, status=404, kind="application/json; charset=utf-8")
+    agents.ollama.answers(error, status=404, kind="application/json; charset=utf-8")
 
-    async with running(ollama_url, agents) as client:
-        answer = await client.post(path, json=turn("/shout x"))
+    answer = await agents.ask(path, "/shout x")
 
     assert (answer.status_code, answer.content) == (404, error)
 
 
-async def test_the_first_frame_arrives_before_the_last_is_made(
-    ollama: FakeOllama, ollama_url: str, agents: Path
-) -> None:
-    ollama.answers(line("Hel"), ollama.pause, line("lo"), done())
-
-    async with running(ollama_url, agents) as client:
-        for text, first in (("plain", line("Hel")), ("/shout held", line(""))):
-            ollama.go.clear()
-            async with client.stream("POST", "/api/chat", json=turn(text)) as answer:
-                chunks = answer.aiter_raw()
-                with anyio.fail_after(2):
-                    assert await anext(chunks) == first
-                ollama.go.set()
-                rest = b"".join([chunk async for chunk in chunks])
-            assert said(first + rest) == ("Hello" if text == "plain" else "HELLO")
-
-
 @pytest.mark.parametrize("path", PATHS)
-async def test_what_the_agents_did_is_in_a_header(demo_url: str, agents: Path, path: str) -> None:
-    async with running(demo_url, agents) as client:
-        answer = await client.post(path, json=turn("/note /shout x", stream=False))
+@pytest.mark.parametrize(("typed", "text"), [("plain", "Hello"), ("/shout held", "HELLO")])
+async def test_the_first_frame_arrives_before_the_last_is_made(
+    agents: House, path: str, typed: str, text: str
+) -> None:
+    sent, edited = frames(path, "Hel", "lo"), frames(path, "", "", "HELLO")
+    agents.ollama.answers(*sent[:3], agents.ollama.pause, *sent[3:])
 
-    parts = [part.split(";")[:2] for part in answer.headers["x-osp-agents"].split(", ")]
-    assert parts == [["note", "ok"], ["shout", "ok"]]
+    async with agents.open() as client:
+        request = chat(path, typed, stream=True)
+        async with client.stream("POST", path, json=request) as answer:
+            chunks = answer.aiter_raw()
+            first = b""
+            with anyio.fail_after(2):
+                while len(first) < len(b"".join((edited if typed != "plain" else sent)[:3])):
+                    first += await anext(chunks)
+            agents.ollama.go.set()
+            rest = b"".join([chunk async for chunk in chunks])
+
+    assert said(first + rest) == text
 
 
 @pytest.mark.parametrize("path", PATHS)
 @pytest.mark.parametrize("stream", [True, False])
-async def test_help_is_answered_without_the_model(
-    ollama: FakeOllama, ollama_url: str, agents: Path, path: str, stream: bool
+async def test_help_is_the_proxys_own_and_no_agent_changes_it(
+    agents: House, path: str, stream: bool
 ) -> None:
-    async with running(ollama_url, agents) as client:
-        everything = await ask(client, path, " /help", stream=stream)
-        one = await ask(client, path, "/help /note", stream=stream)
+    agents.add("on", "1 / 0", "response + '!'", always=True)
+    typed = [" /help", "/help /note", "/note", "/note:n=many x", "/shout /note:c=1 x"]
+    fields: dict[str, Any] = {"stream": stream, "tools": [{"type": "function"}]}
 
-    assert "/note: Adds a note." in everything and "/shout: Answers in capitals." in everything
-    assert one.splitlines() == ["/note: Adds a note.", "    text='nothing'", "    n=1"]
-    assert ollama.asked == []
+    async with agents.open() as client:
+        got = [await agents.post(client, path, each, **fields) for each in typed]
+    answers = {text: said(answer.content) for text, answer in zip(typed, got, strict=True)}
 
-
-async def test_help_before_anything_else_is_text(demo_url: str, agents: Path) -> None:
-    async with running(demo_url, agents) as client:
-        assert "[user] /help me" in await ask(client, "/api/chat", "/help me")
-        assert "[user] /help note now" in await ask(client, "/api/chat", "/help note now")
-
-
-@pytest.mark.parametrize("text", ["/note", "/note   ", "/note:hello \n"])
-async def test_a_command_without_a_prompt_answers_its_help(
-    ollama: FakeOllama, ollama_url: str, agents: Path, text: str
-) -> None:
-    async with running(ollama_url, agents) as client:
-        assert (await ask(client, "/api/chat", text)).startswith("/note: Adds a note.")
-
-    assert ollama.asked == []
-
-
-async def test_a_wrong_argument_is_answered_with_what_is_right(
-    ollama: FakeOllama, ollama_url: str, agents: Path
-) -> None:
-    async with running(ollama_url, agents) as client:
-        wrong_type = await ask(client, "/api/chat", "/note:n=many x")
-        wrong_name = await ask(client, "/api/chat", "/shout /note:colour=red x")
-
-    assert wrong_type.startswith("note: n must be a whole number, not 'many'\n\n/note: Adds")
-    assert wrong_name.startswith("note: 'colour=red' is no argument here; known are: text, n\n\n")
-    assert ollama.asked == []
+    note = "/note: Is note.\n    text='nothing'\n    n=1"
+    assert answers[" /help"] == f"{note}\n/on: Is on.\n/shout: Is shout.\n/tells: Is tells."
+    assert answers["/help /note"] == note
+    wrong = "note: n must be a whole number, not 'many'"
+    assert answers["/note:n=many x"] == f"{wrong}\n\n{note}"
+    wrong = "note: 'c=1' is no argument here; known are: text, n"
+    assert answers["/shout /note:c=1 x"] == f"{wrong}\n\n{note}"
+    assert agents.ollama.asked == [] and answers["/note"] == note
 
 
 @pytest.mark.parametrize(
     ("path", "fields"),
     [
-        ("/api/chat", {"format": "json"}),
-        ("/v1/chat/completions", {"response_format": {"type": "json_object"}}),
-        ("/v1/chat/completions", {"tools": [{"type": "function"}]}),
+        (CHAT, {"format": "json"}),
+        (COMPLETIONS, {"response_format": {"type": "json_object"}, "stream": True}),
+        (MESSAGES, {"output_config": {"format": {"type": "json_schema"}}}),
+        (RESPONSES, {"text": {"format": {"type": "json_schema"}}, "stream": True}),
     ],
 )
-async def test_where_prose_is_no_answer_help_is_a_400(
-    ollama_url: str, agents: Path, path: str, fields: dict[str, Any]
+async def test_where_prose_is_no_answer_help_and_replies_are_a_400(
+    agents: House, path: str, fields: dict[str, Any]
 ) -> None:
-    async with running(ollama_url, agents) as client:
-        answer = await client.post(path, json=turn("/help", **fields))
+    agents.add("says", "raise Reply('mine')")
+    expected = {"/help note": "/note: Is", "/says x": "mine", "/explain /note x": "/note (ok"}
 
-    assert answer.status_code == 400
-    assert "/note: Adds a note." in answer.text
-
-
-async def test_a_header_asks_like_a_command_and_goes_no_further(
-    ollama: FakeOllama, ollama_url: str, agents: Path
-) -> None:
-    ollama.answers(line("hi"), done())
-    headers = {"X-OSP-Agents": "/note:a /shout"}
-
-    async with running(ollama_url, agents) as client:
-        answer = await client.post("/api/chat", json=turn("x"), headers=headers)
-
-    assert ollama.asked[0].json["messages"][0]["content"] == "note a"
-    assert not [name for name, _ in ollama.asked[0].headers if name == "x-osp-agents"]
-    assert said(answer.content) == "HI"
+    async with agents.open() as client:
+        for typed, text in expected.items():
+            answer = await agents.post(client, path, typed, **fields)
+            assert answer.status_code == 400 and text in str(answer.json()["error"])
 
 
-@pytest.mark.parametrize("path", PATHS)
-async def test_an_unknown_agent_in_a_header_is_a_400_that_lists_the_known(
-    ollama_url: str, agents: Path, path: str
-) -> None:
-    async with running(ollama_url, agents) as client:
-        headers = {"X-OSP-Agents": "/shout /nope"}
-        answer = await client.post(path, json=turn("x"), headers=headers)
-
-    assert answer.status_code == 400
-    assert "X-OSP-Agents: '/nope' is no known agent; known are: /note, /shout" in answer.text
+async def test_another_prefix_or_none(agents: House) -> None:
+    for prefix, texts in {"!": ["Y", "y", "!shout: Is shout."], "": ["y", "y", "y"]}.items():
+        async with agents.open(commands={"prefix": prefix}) as client:
+            asked = ("!shout a", "/shout a", "!help shout")
+            got = [said((await agents.post(client, CHAT, text)).content) for text in asked]
+        assert got == texts
 
 
-async def test_a_suffix_of_the_model_asks_and_is_taken_off(
-    ollama: FakeOllama, ollama_url: str, agents: Path
-) -> None:
-    ollama.answers(line("hi"), done())
+async def test_the_rest_of_a_request_survives_a_rewrite(agents: House) -> None:
+    user = message("user", "/shout hé\u2028\ud800 <b>", images=["AAAA"])
+    body: dict[str, Any] = {"unknown": {"b": 1, "a": [2.5, None, True]}, "model": "m"}
+    body |= {"messages": [message("system", "s", extra=1), user], "options": {"seed": 0}}
+    agents.ollama.answers(done("x"))
 
-    async with running(ollama_url, agents) as client:
-        body = turn("x") | {"model": "m:1b+note:a+shout"}
-        answer = await client.post("/api/chat", json=body)
-        await client.post("/api/chat", json={"model": "m+shout", "keep_alive": 0})
-
-    assert ollama.asked[0].json["model"] == "m:1b"
-    assert said(answer.content) == "HI"
-    assert ollama.asked[1].json == {"model": "m", "keep_alive": 0}
-
-
-async def test_another_prefix_or_none(demo_url: str, agents: Path) -> None:
-    async with running(demo_url, agents, commands={"prefix": "!"}) as client:
-        assert await ask(client, "/api/chat", "!shout a /note") == (
-            "I AM THE DEMO MODEL. I WAS SENT:\n[USER] A /NOTE"
-        )
-    async with running(demo_url, agents, commands={"prefix": ""}) as client:
-        assert (await ask(client, "/api/chat", "/shout a")).endswith("[user] /shout a")
-
-
-async def test_the_rest_of_a_request_survives_a_rewrite(
-    ollama: FakeOllama, ollama_url: str, agents: Path
-) -> None:
-    body = {
-        "unknown": {"b": 1, "a": [2.5, None, True]},
-        "model": "m",
-        "messages": [
-            {"role": "system", "content": "be brief", "extra": 1},
-            {"role": "user", "content": "/shout hé\u2028\ud800 <b>", "images": ["AAAA"]},
-        ],
-        "options": {"num_ctx": 8192, "temperature": 0},
-        "keep_alive": "10m",
-    }
-    ollama.answers(done("x"))
-
-    async with running(ollama_url, agents) as client:
+    async with agents.open() as client:
         content = json.dumps(body)  # ASCII: httpx could not encode the surrogate
         await client.post("/api/chat?ts=1", content=content, headers={"Authorization": "Bearer k"})
 
-    sent = ollama.asked[0]
-    messages = [body["messages"][0], {**body["messages"][1], "content": "hé\u2028\ud800 <b>"}]  # type: ignore[index]
-    assert sent.json == {**body, "messages": messages}
-    assert list(sent.json) == list(body)
-    assert sent.target == "/api/chat?ts=1"
+    user["content"] = "hé\u2028\ud800 <b>"
+    (sent,) = agents.ollama.asked
+    assert (json.dumps(sent.json), sent.target) == (json.dumps(body), "/api/chat?ts=1")
     assert ("authorization", "Bearer k") in sent.headers
+
+
+HELPS = {"/first": "/first", " /first&/second\n": "/first", "/second\u200b /first": "/second"}
+
+
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("always", [True, False])
+async def test_a_command_alone_is_answered_with_help_unless_something_fills_the_prompt(
+    house: House, path: str, always: bool
+) -> None:
+    house.add("first second", "pass")
+    house.add("fills", "set_prompt(payload, 'filled')", always=always)
+
+    async with house.open() as client:
+        for typed, text in HELPS.items():
+            answer = await house.post(client, path, typed)
+            assert said(answer.content).startswith("y" if always else f"{text}: Is")
+        await house.post(client, path, "/second /fills")
+        await house.post(client, CHAT, message("user", "/first", images=["AAAA"]))
+
+    filled, shown = house.sent[-2:]
+    assert filled == ["filled"] and shown == (["filled"] if always else [""])

@@ -4,35 +4,26 @@ from __future__ import annotations
 
 import asyncio
 import json
-import logging
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kernel.agent import BaseAgent, Context
-from kernel.client import OllamaClient
-from kernel.commands import Grammar
-from kernel.config import PluginsConfig, parse_upstream
-from kernel.dialects import OLLAMA, OPENAI, Dialect, FrameSplitter, dumps
+from kernel.agent import BaseAgent, map_texts, texts
+from kernel.dialects import FrameSplitter, dumps
 from kernel.editor import Editor, Stage
+from kernel.hooks import Run
 from kernel.metrics import Metrics
-from kernel.models import Presets
 from kernel.plugin import Plugin
-from kernel.registry import PluginRegistry
-from kernel.run import Run
-from slices.chat import TurnReader, split_model
-from tests.support import DONE, done, event, line, said
+from tests.support import BY_PATH, PATHS, RESPONSES, frames, said
 
 TEXTS = st.text(st.characters(codec="utf-8"), max_size=12)
-DIALECTS = st.sampled_from([OLLAMA, OPENAI])
+ANY_PATH = st.sampled_from(PATHS)
+NUMBERS = st.integers() | st.floats(allow_nan=False, allow_infinity=False)
 JSON = st.recursive(
-    st.none()
-    | st.booleans()
-    | st.integers()
-    | st.floats(allow_nan=False, allow_infinity=False)
-    | st.text(),
+    st.none() | st.booleans() | NUMBERS | st.text(),
     lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner),
     max_leaves=8,
 )
@@ -64,124 +55,66 @@ def cut(data: bytes, places: list[int]) -> list[bytes]:
     return [data[a:b] for a, b in zip(marks, marks[1:], strict=False)]
 
 
-@given(st.lists(st.binary(max_size=9)), st.lists(st.integers(0, 999)), DIALECTS)
+@given(st.lists(st.binary(max_size=9)), st.lists(st.integers(0, 999)), ANY_PATH)
 def test_any_bytes_split_anywhere_give_the_same_frames(
-    parts: list[bytes], places: list[int], dialect: Dialect
+    pieces: list[bytes], places: list[int], path: str
 ) -> None:
-    data = b"\r\n".join(parts) + b"\n\n".join(parts)
+    data = b"\r\n".join(pieces) + b"\n\n".join(pieces)
 
-    def frames(pieces: list[bytes]) -> list[bytes]:
-        splitter = FrameSplitter(dialect.end)
-        found = [frame for piece in pieces for frame in splitter.feed(piece)]
-        return [*found, splitter.rest()]
+    def split(pieces: list[bytes]) -> list[bytes]:
+        splitter = FrameSplitter(BY_PATH[path].end)
+        return [*(frame for piece in pieces for frame in splitter.feed(piece)), splitter.rest()]
 
-    assert frames(cut(data, places)) == frames([data])
-    assert b"".join(frames([data])) == data
+    assert split(cut(data, places)) == split([data]) and b"".join(split([data])) == data
 
 
-@given(st.dictionaries(st.text(), JSON), DIALECTS)
-def test_an_edit_keeps_every_key_and_its_order(chunk: dict[str, Any], dialect: Dialect) -> None:
-    frame = dialect.encode({"first": 1})
+@given(st.dictionaries(st.text(), JSON), ANY_PATH)
+def test_an_edit_keeps_every_key_and_its_order(chunk: dict[str, Any], path: str) -> None:
+    frame = BY_PATH[path].encode({"type": "first"})
 
-    edited = dialect.edit(frame, chunk)
+    edited = BY_PATH[path].edit(frame, chunk)
 
-    assert dialect.parse(edited) == json.loads(json.dumps(chunk))
-    assert list(dialect.parse(edited) or {}) == list(chunk)
+    assert json.dumps(BY_PATH[path].parse(edited)) == json.dumps(chunk)
     assert len(edited.decode().splitlines()) == len(frame.decode().splitlines())
 
 
 @given(JSON)
-def test_what_is_encoded_can_be_read_again(value: Any) -> None:
+def test_what_is_encoded_or_mapped_to_itself_can_be_read_again(value: Any) -> None:
     assert json.loads(dumps(value)) == json.loads(json.dumps(value))
+    assert map_texts({"x": value}, str) == {"x": value}
+    assert len(texts({"x": value})) <= json.dumps(value).count('"')
 
 
-@given(st.binary(max_size=9) | TEXTS.map(str.encode), DIALECTS)
-def test_a_frame_that_is_not_parsed_says_what_it_would_say_parsed(
-    text: bytes, dialect: Dialect
-) -> None:
-    frame = (line("?") if dialect is OLLAMA else event("?")).replace(b"?", text)
-    assert dialect.split(line("x") if dialect is OLLAMA else event("x"))
-
-    if parts := dialect.split(frame):
-        chunk = dialect.parse(frame)
-        assert chunk and not dialect.is_error(chunk) and not dialect.ends_text(chunk)
-        assert parts[1] == dialect.text(chunk) and b"".join((parts[0], text, parts[2])) == frame
-
-
-@given(
-    st.lists(st.sampled_from(["/x", "\\", "\u2003", "+x", " ", "hello", '"model"', "é"])),
-    st.sampled_from(["m", "m+x"]),
-    st.booleans(),
-    st.booleans(),
-)
-def test_a_chat_that_passes_at_a_glance_asks_for_nothing(
-    words: list[str], model: str, ascii_only: bool, hidden: bool
-) -> None:
-    messages = [{"role": "user", "content": "".join(words)}]
-    body = json.dumps({"model": model, "messages": messages}, ensure_ascii=ascii_only).encode()
-    if hidden:
-        body = body.replace(b"/", rb"\u002f").replace(b"+", rb"\u002b")
-    registry = PluginRegistry(PluginsConfig(dirs=()), {}, Path(), {})
-    grammar = Grammar("/", lambda name: name == "x")
-    client, presets = OllamaClient(parse_upstream("127.0.0.1:1"), 1), Presets({}, 0)
-    reader = TurnReader(client, registry, Metrics(), OLLAMA, grammar, grammar, presets, 1)
-
-    if passes := reader.passing(body, {"headers": []}):
-        assert passes == model == split_model(model)[0]
-        assert grammar.split(messages[0]["content"]) == ([], messages[0]["content"])
-    assert reader.passing(b'{"model":"m","messages":[{"content":"why?"}]}', {"headers": []}) == "m"
-    assert not reader.passing(body, {"headers": [(b"x-osp-agents", b"/x")]})
-    assert not reader.passing(b'{"model":"m+x","options":{"model":"m"}}', {"headers": []})
-
-
-@settings(max_examples=50, deadline=None)
-@given(st.lists(TEXTS, min_size=1), st.lists(st.integers(0, 9999)), DIALECTS, st.booleans())
+@settings(max_examples=100, deadline=None)
+@given(st.lists(TEXTS, min_size=1), st.lists(st.integers(0, 9999)), ANY_PATH, st.booleans())
 def test_the_edited_text_depends_on_the_text_alone(
-    texts: list[str], places: list[int], dialect: Dialect, reverse: bool
+    texts: list[str], places: list[int], path: str, reverse: bool
 ) -> None:
     """Neither on the pieces of the model nor on the packets of the network."""
     agents: list[BaseAgent] = [Brackets(), *([Reverses()] if reverse else [])]
     text = "".join(texts)
     expected = text.replace("x", "[x]") + "!" if text else ""
 
-    frames = asyncio.run(edited(dialect, agents, stream(dialect, texts), places))
+    body = asyncio.run(edited(path, agents, b"".join(frames(path, *texts)), places))
 
-    assert said(b"".join(frames)) == (expected[::-1] if reverse else expected)
-    assert all(len(frame.decode().strip().splitlines()) == 1 for frame in frames)
-    assert b"".join(frames).count(b'"done":true') == (1 if dialect is OLLAMA else 0)
-    assert frames[-1] == (done() if dialect is OLLAMA else DONE)
-
-
-def stream(dialect: Dialect, texts: list[str]) -> bytes:
-    if dialect is OLLAMA:
-        return b"".join(map(line, texts)) + done()
-    return b"".join(map(event, texts)) + event(None, "stop") + DONE
+    assert said(body) == (expected[::-1] if reverse else expected)
+    assert len(body.decode().splitlines()) == body.count(b"\n")
+    assert body.endswith(frames(path)[-1]) or path == RESPONSES
+    chunks = [json.loads(part[6:]) for part in body.decode().split("\n") if '"sequence_n' in part]
+    assert [chunk["sequence_number"] for chunk in chunks] == [*range(len(chunks))]
 
 
-async def edited(
-    dialect: Dialect, agents: list[BaseAgent], data: bytes, places: list[int]
-) -> list[bytes]:
-    editor = Editor(dialect, [Stage(run_of(agent), whole=False) for agent in agents], [])
-    splitter, frames = FrameSplitter(dialect.end), []
+async def edited(path: str, agents: list[BaseAgent], data: bytes, places: list[int]) -> bytes:
+    stages = [Stage(run_of(agent), whole=False) for agent in agents]
+    editor = Editor(BY_PATH[path], stages, {}, str, whole=False)
+    splitter, sent = FrameSplitter(BY_PATH[path].end), []
     for piece in cut(data, places):
         for frame in splitter.feed(piece):
-            frames += await editor.edit(frame)
-    return [*frames, *await editor.end()]
+            sent += await editor.edit(frame)
+    return b"".join([*sent, *await editor.end()])
 
 
 def run_of(agent: BaseAgent) -> Run:
-    log = logging.LoggerAdapter(logging.getLogger("test"), {})
-    client = OllamaClient(parse_upstream("127.0.0.1:1"), 1)
-    agent.context = Context(
-        request_id="r",
-        dialect="ollama",
-        stream=True,
-        asked=True,
-        user="",
-        state={},
-        log=log,
-        payload={"model": "m"},
-        client=client,
-    )
+    vars(agent)["context"] = SimpleNamespace(request_id="r", finish="")
     hooks = tuple(vars(type(agent)))
     return Run(Plugin("a", Path(), agent=agent, hooks=hooks), agent, 5, Metrics())

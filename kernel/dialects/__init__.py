@@ -1,0 +1,356 @@
+"""Dialects: the wire forms of a chat. This file has what they share, and Ollama's own dialect.
+
+A frame is a chunk as it stands on the wire: a line of NDJSON, an event of SSE, or a whole answer
+that is one JSON object. Frames are split on bytes, never on decoded text; an edited frame is the
+upstream's own with a few values changed, its keys in their order.
+
+A dialect reads a request into the payload that agents see and writes it back; it says where the
+text of an answer stands and where it ends; and it words a reply that no model gave. It keeps no
+state: what one answer needs to remember is its `AnswerState`, which the editor holds.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from typing import Any, NoReturn
+
+from kernel.agent import Message, Payload
+
+Chunk = dict[str, Any]  # a frame's JSON object
+Place = tuple[dict[str, Any], str]  # an object of a chunk, and the key under which text stands
+
+JSON = b"application/json"
+JSON_UTF8 = b"application/json; charset=utf-8"
+# Characters that line-splitting clients treat as newlines (httpx does), and lone surrogates
+UNSAFE = re.compile("[\x7f-\x9f\u2028\u2029\ud800-\udfff]")
+KEYS = frozenset(  # that Ollama's decoder takes for its own in any case
+    "model messages stream format keep_alive tools options think logprobs top_logprobs shift"
+    " truncate response_format stream_options role content images tool_calls tool_name tool_call_id"
+    " thinking type text input instructions system max_tokens max_output_tokens tool_choice".split()
+)
+
+
+def dumps(value: Any) -> bytes:
+    """Encode JSON on one line, safe for clients that split lines on more than a newline.
+
+    Raises ValueError for NaN and infinity, TypeError for values that JSON does not have.
+    """
+    text = ENCODER.encode(value)
+    if not text.isascii() or "\x7f" in text:
+        text = UNSAFE.sub(lambda found: f"\\u{ord(found[0]):04x}", text)
+    return text.encode()
+
+
+def loads(data: bytes) -> Any:
+    """Decode strict JSON: UTF-8 without BOM, no NaN. Raises ValueError and RecursionError."""
+    return DECODER.decode(data.decode())
+
+
+def loads_once(data: bytes) -> Any:
+    """Decode as `loads` does, and raise ValueError where a key stands twice in one object."""
+    return STRICT_DECODER.decode(data.decode())
+
+
+def reject(constant: str) -> NoReturn:
+    raise ValueError(f"{constant} is no JSON")
+
+
+def finite(text: str) -> float:
+    number = float(text)
+    return reject(text) if number in (float("inf"), float("-inf")) else number
+
+
+def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    table = dict(pairs)
+    return table if len(table) == len(pairs) else reject("a key that stands twice")
+
+
+# Made once: json.dumps and json.loads make a new one for each call with options.
+ENCODER = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"), allow_nan=False)
+DECODER = json.JSONDecoder(parse_constant=reject, parse_float=finite)
+STRICT_DECODER = json.JSONDecoder(
+    parse_constant=reject, parse_float=finite, object_pairs_hook=unique
+)
+
+
+@dataclass(slots=True)
+class AnswerState:
+    """What the editor remembers of one answer."""
+
+    asked: Payload  # the request's body as the client sent it
+    last: Chunk | None = None  # the last frame with text, while its text may still go on
+    said: dict[str, list[str]] = field(default_factory=dict)  # edited pieces, by their item's id
+    number: int = -1  # of the last frame, in a dialect that numbers them
+    added: int = 0  # frames that the upstream did not send
+
+
+class Dialect:
+    """The form of a chat; this one is Ollama's own, POST /api/chat."""
+
+    name = "ollama"
+    path = "/api/chat"
+    stream_type = b"application/x-ndjson"
+    whole_type = JSON_UTF8
+    streams_unasked = True  # what a request without `stream` gets
+    takes_parts = False  # a message's content may be a list
+    end = re.compile(rb"\n")  # of a frame
+
+    # Frames
+
+    def span(self, frame: bytes) -> tuple[int, int]:
+        """Return where in a frame its JSON stands."""
+        return 0, len(frame.rstrip())
+
+    def parse(self, frame: bytes) -> Chunk | None:
+        """Return a frame's JSON object, or None for a frame that has none."""
+        start, end = self.span(frame)
+        try:
+            chunk = loads(frame[start:end])
+        except (ValueError, RecursionError):
+            return None
+        return chunk if isinstance(chunk, dict) else None
+
+    def has_json(self, frame: bytes) -> bool:
+        """Tell whether a frame should hold JSON: a blank line or a comment does not."""
+        return bool(frame.strip())
+
+    def edit(self, frame: bytes, chunk: Chunk) -> bytes:
+        """Return a frame with `chunk` in the place of its JSON."""
+        start, end = self.span(frame)
+        return frame[:start] + dumps(chunk) + frame[end:]
+
+    def swap(self, frame: bytes, old: str, new: str) -> bytes | None:
+        """Return a frame with `new` in the place of a text; None unless that is plain to see.
+
+        It saves a fifth of what an edited frame costs.
+        """
+        text = dumps(old)
+        plain = b"\\" not in frame and frame.count(text) == 1
+        return frame.replace(text, dumps(new)) if plain else None
+
+    def encode(self, chunk: Chunk) -> bytes:
+        """Return a new frame of a stream."""
+        return dumps(chunk) + b"\n"
+
+    def encode_error(self, error: Chunk) -> bytes:
+        """Return the frame of an error in a stream."""
+        return self.encode(error)
+
+    # The request
+
+    def read(self, body: Payload) -> Payload:
+        """Return the payload of a request that `check` has not seen yet."""
+        return body
+
+    def write(self, payload: Payload, body: Payload) -> Payload:
+        """Return the request that says what the payload says; `body` is how the client said it.
+
+        `write(read(body), body) == body`. Raises ValueError for what the dialect cannot say.
+        """
+        self.check(payload)
+        return payload
+
+    def check(self, payload: Payload) -> None:
+        """Raise ValueError for a payload that Ollama would read differently than we do."""
+        if misspelt(payload) or not isinstance(payload.get("options") or {}, dict):
+            raise ValueError("a key must be in lower case, and options an object")
+        for message in payload.get("messages") or []:
+            check_message(message, parts=self.takes_parts)
+
+    def is_load(self, payload: Payload) -> bool:
+        """Tell whether a request only loads or unloads a model."""
+        return not payload.get("messages")
+
+    def is_structured(self, payload: Payload) -> bool:
+        """Tell whether a request asks for an answer that must stay valid JSON."""
+        return bool(payload.get("format"))
+
+    def wants_stream(self, payload: Payload) -> bool:
+        stream = payload.get("stream")
+        return self.streams_unasked if stream is None else bool(stream)
+
+    # The answer
+
+    def places(self, chunk: Chunk) -> list[Place]:
+        """Return where new text stands in a frame, or in a whole answer."""
+        return place_in(chunk.get("message"), "content")
+
+    def is_error(self, chunk: Chunk) -> bool:
+        return "error" in chunk
+
+    def echoes(self, request: Payload) -> bool:
+        """Tell whether an answer repeats what the client sent, which agents may have changed."""
+        return False
+
+    def closes(self, chunk: Chunk, last: Chunk) -> bool:
+        """Tell whether a frame closes the text of `last` and a later one says how it finished."""
+        return False
+
+    def finish(self, chunk: Chunk) -> str | None:
+        """Return how the answer finished (stop, length, ...) in a frame that ends text, or None."""
+        if chunk.get("done") is True:
+            return str(chunk.get("done_reason") or "")
+        message = chunk.get("message")
+        return "tool_calls" if isinstance(message, dict) and message.get("tool_calls") else None
+
+    def piece(self, last: Chunk, text: str) -> Chunk:
+        """Return a new frame that says `text` and nothing else, after the frame `last`."""
+        kept = {key: value for key, value in last.items() if key != "logprobs"}
+        return kept | {"message": {"role": "assistant", "content": text}, "done": False}
+
+    def numbered(self, chunk: Chunk, number: int) -> Chunk:
+        """Return a frame with its number, in a dialect that numbers them."""
+        return chunk
+
+    def settle(self, chunk: Chunk, state: AnswerState) -> bool:
+        """Make a frame agree with those that were edited before it; tell whether it changed."""
+        return False
+
+    # A reply that no model gave
+
+    def head(self, request: Payload) -> Chunk:
+        """Return what all frames of a reply have in common."""
+        now = datetime.now(UTC).isoformat().replace("+00:00", "Z")
+        return {"model": request["model"], "created_at": now}
+
+    def speech(self, head: Chunk, text: str) -> list[Chunk]:
+        """Return the frames of a streamed reply that says `text` in one of them."""
+        message = {"role": "assistant", "content": text}
+        return [head | {"message": message, "done": False}, self.whole(head, "")]
+
+    def whole(self, head: Chunk, text: str) -> Chunk:
+        message = {"role": "assistant", "content": text}
+        return head | {"message": message, "done": True, "done_reason": "stop"}
+
+    def encode_whole(self, chunk: Chunk) -> bytes:
+        return dumps(chunk)
+
+    def done(self) -> bytes:
+        """Return the bytes that stand behind the last frame of a reply."""
+        return b""
+
+
+class SSE(Dialect):
+    """What the dialects under /v1 have in common: their frames are server-sent events."""
+
+    stream_type = b"text/event-stream"
+    whole_type = JSON
+    streams_unasked = False
+    takes_parts = True
+    end = re.compile(rb"\r?\n\r?\n")
+    data = re.compile(rb"(?m)^data:[ ]?(.*?)\r?$")
+    bare = re.compile(rb"(?:(?::|event:|id:|retry:)[^\n]*+|\s)*+(?:data:[ ]?\[DONE\]\s*)?")
+
+    def span(self, frame: bytes) -> tuple[int, int]:
+        lines = list(self.data.finditer(frame))
+        # A whole answer has no such line; an event of several lines Ollama never sends.
+        return lines[0].span(1) if len(lines) == 1 else super().span(frame)
+
+    def has_json(self, frame: bytes) -> bool:
+        return not self.bare.fullmatch(frame)
+
+    def encode(self, chunk: Chunk) -> bytes:
+        return b"event: %s\ndata: %s\n\n" % (chunk["type"].encode(), dumps(chunk))
+
+    def encode_whole(self, chunk: Chunk) -> bytes:
+        return dumps(chunk) + b"\n"
+
+
+def place_in(holder: Any, key: str) -> list[Place]:
+    """Return the place in an object if text that is not empty stands under the key."""
+    found = isinstance(holder, dict) and isinstance(holder.get(key), str) and holder[key]
+    return [(holder, key)] if found else []
+
+
+def check_message(message: Any, *, parts: bool) -> None:
+    """Raise ValueError unless Ollama would read a message as we do; `parts`: it takes lists."""
+    if not isinstance(message, dict) or misspelt(message):
+        raise ValueError("a message must be an object with keys in lower case")
+    content = message.get("content")
+    if not isinstance(content, str | list | None) or (isinstance(content, list) and not parts):
+        kinds = "text or a list of parts" if parts else "text in this dialect"
+        raise ValueError(f"a message's content must be {kinds}, not {type(content).__name__}")
+    for part in content if isinstance(content, list) else ():
+        text = part.get("text", "") if isinstance(part, dict) else 0
+        if not isinstance(text, str | None) or misspelt(part):
+            raise ValueError("a part of a message must be an object, and its text a string")
+
+
+def misspelt(table: Payload) -> bool:
+    """Tell whether a known key stands there in another case, which Go would take for it."""
+    strange = table.keys() - KEYS
+    return bool(strange) and any(key.casefold() in KEYS for key in strange)
+
+
+def split_lead(messages: list[Message], body: Sequence[Any]) -> tuple[list[Message], list[Message]]:
+    """Split off the system messages at the front that do not stand in the body's own list."""
+    count = leading(messages) - leading(body)
+    return messages[: max(count, 0)], messages[max(count, 0) :]
+
+
+def leading(messages: Sequence[Any]) -> int:
+    """Count the system messages at the front."""
+    roles = [m.get("role") if isinstance(m, dict) else None for m in messages]
+    return next((n for n, role in enumerate(roles) if role != "system"), len(roles))
+
+
+def words(text: str) -> list[str]:
+    """Cut a text into the pieces in which a model would have said it."""
+    return re.findall(r"\s*\S+|\s+", text) or [""]
+
+
+class FrameSplitter:
+    """Cuts a stream into frames, however its bytes are split."""
+
+    OVERLAP = 3  # how much of an end (\r\n\r\n at most) may already have come
+
+    def __init__(self, end: re.Pattern[bytes]) -> None:
+        self._end = end
+        self._buffer = bytearray()
+        self._searched = 0
+
+    def feed(self, data: bytes) -> list[bytes]:
+        """Return the frames that `data` completes, each with its end."""
+        self._buffer += data
+        cut, frames = 0, []
+        for found in self._end.finditer(self._buffer, self._searched):
+            frames.append(bytes(self._buffer[cut : found.end()]))
+            cut = found.end()
+        del self._buffer[:cut]
+        self._searched = max(0, len(self._buffer) - self.OVERLAP)
+        return frames
+
+    def rest(self) -> bytes:
+        """Return what came behind the last end."""
+        return bytes(self._buffer)
+
+
+OPENAI_ERRORS = {400: "invalid_request_error", 404: "not_found_error"}
+ANTHROPIC_ERRORS = OPENAI_ERRORS | {
+    401: "authentication_error",
+    403: "permission_error",
+    429: "rate_limit_error",
+    503: "overloaded_error",
+    529: "overloaded_error",
+}
+
+
+def error_object(path: str, status: int, message: str) -> dict[str, Any]:
+    """Return an error in the dialect of a path, as Ollama words it."""
+    if path.startswith("/v1/messages"):
+        kind = ANTHROPIC_ERRORS.get(status, "api_error")
+        return {"type": "error", "error": {"type": kind, "message": message}}
+    if path.startswith("/v1/"):
+        kind = OPENAI_ERRORS.get(status, "api_error")
+        return {"error": {"message": message, "type": kind, "param": None, "code": None}}
+    return {"error": message}
+
+
+def error(path: str, status: int, message: str) -> tuple[bytes, bytes]:
+    """Return content type and body of an error in the dialect of a path."""
+    body = dumps(error_object(path, status, message))
+    return (JSON, body + b"\n") if path.startswith("/v1/") else (JSON_UTF8, body)
