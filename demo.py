@@ -1,85 +1,49 @@
 """A stand-in for Ollama: for `python osp.py --demo`, and for the tests.
 
-It answers as Ollama 0.33 does, in both dialects (`/api` and `/v1`): shapes, key order, content
-types, status codes, error texts. There is no model behind it. `demo` repeats the messages it was
-sent, so that you see what an agent did to them; `demo-embed` turns the words of a text into a
-vector, so that texts that share words are near one another.
+It answers as Ollama 0.33 does, in all its dialects and on the endpoints for models. There is no
+model behind it. `demo` repeats the messages it was sent, so that you see what an agent did to them;
+`demo-embed` turns the words of a text into a vector, so that texts that share words are near one
+another.
 
-It imports nothing of ours, and only `osp.py` and tests import it. Read it downwards: the server,
-the routes, what each endpoint answers, how an answer is composed, how a request is read, refused.
+`demo.json` holds the answers as a real Ollama was seen to give them, with holes: a text like
+"$text" is filled in, and a key that begins with ... adds all the keys of its object. This file
+imports nothing of ours. Read it downwards: the server, the endpoints, one chat, how a request is
+read.
 """
 
 from __future__ import annotations
 
 import asyncio
-import base64
-import hashlib
 import json
 import math
 import random
 import re
 import socket
-import struct
-import time
 import zlib
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import uvicorn
 from starlette.applications import Starlette
-from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import Response, StreamingResponse
 from starlette.routing import Route
 from starlette.types import ASGIApp
 
+SHAPES = Path(__file__).with_suffix(".json")
 VERSION = "0.33.0-demo"  # numbers first: some clients compare it
-CAPABILITIES = {
-    "demo:latest": ["completion", "tools", "vision"],
-    "demo-embed:latest": ["embedding"],
-}
-DETAILS = {
-    "parent_model": "",
-    "format": "gguf",
-    "family": "demo",
-    "families": ["demo"],
-    "parameter_size": "0B",
-    "quantization_level": "unknown",
-}
-MADE = datetime(2026, 1, 1, tzinfo=UTC)
 DIMENSIONS = 256
-MILLISECOND = 1_000_000  # Ollama counts in nanoseconds
-
-# JSON's types, the fields that have one, and wrong syntax, in the words of Go's decoder.
-KINDS = {bool: "bool", int: "number", float: "number", str: "string", list: "array", dict: "object"}
-FIELDS: dict[str, tuple[type, str]] = {
-    "model": (str, "string"),
-    "messages": (list, "[]api.Message"),
-    "prompt": (str, "string"),
-    "system": (str, "string"),
-    "stream": (bool, "bool"),
-    "options": (dict, "map[string]interface {}"),
-    "max_tokens": (int, "int"),
-    "tools": (list, "api.Tools"),
-}
-SYNTAX = {
-    "Expecting value": "looking for beginning of value",
-    "Expecting property name enclosed in double quotes": "looking for beginning of object key string",  # noqa: E501
-    "Expecting ':' delimiter": "after object key",
-    "Expecting ',' delimiter": "after object key:value pair",
-}
 # Go's encoder escapes what a browser could misread; its strings hold no lone surrogates.
 ESCAPES = {ord(sign): f"\\u{ord(sign):04x}" for sign in "<>&\u2028\u2029"}
 ESCAPES |= dict.fromkeys(range(0xD800, 0xE000), "\ufffd")
+DECODER = json.JSONDecoder(parse_constant=int)  # int("NaN") raises ValueError, as it must
 
 Json = dict[str, Any]
 Said = list[tuple[str, str]]  # role and text of each message
-Say = Callable[[str], Json]  # a piece of text to the field that carries it
-Endpoint = Callable[[Request], Awaitable[Response]]
 
 
 @asynccontextmanager
@@ -89,15 +53,15 @@ async def serve(
     """Run `app` inside the running loop; yield its base URL once it accepts connections.
 
     Port 0 is any free one; `options` are uvicorn's. Raises OSError where the port is taken,
-    RuntimeError where the app fails to start. On the way out, answers under way have one second.
+    RuntimeError where the app fails to start. On the way out, open answers have one second.
     """
-    ours: dict[str, Any] = {"log_config": None, "log_level": "warning", "access_log": False}
-    ours |= {"server_header": False, "proxy_headers": False, "ws": "none"}
-    ours |= {"timeout_keep_alive": 75, "timeout_graceful_shutdown": 1}
-    config = uvicorn.Config(app, **{**ours, **options})
+    quiet: Json = {"log_config": None, "log_level": "warning", "access_log": False}
+    quiet |= {"server_header": False, "proxy_headers": False, "ws": "none"}
+    quiet |= {"timeout_keep_alive": 75, "timeout_graceful_shutdown": 1}
+    server = uvicorn.Server(uvicorn.Config(app, **quiet | options))
     with socket.create_server((host, port)) as listener:
         listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)  # asyncio forgets it
-        async with _running(uvicorn.Server(config), listener):
+        async with _running(server, listener):
             yield f"http://{host}:{listener.getsockname()[1]}"
 
 
@@ -120,265 +84,294 @@ async def _running(server: uvicorn.Server, listener: socket.socket) -> AsyncIter
 
 
 def create_app(pace: float = 0.0) -> Starlette:
-    """Return the stand-in; it waits `pace` seconds between the frames of a stream."""
-    app = Starlette(
-        routes=[
-            _route("/", root, "HEAD", "GET"),
-            _route("/api/version", version, "HEAD", "GET"),
-            _route("/api/tags", tags, "HEAD", "GET"),
-            _route("/api/ps", ps, "GET"),
-            _route("/api/show", show, "POST"),
-            _route("/api/chat", partial(chat, pace), "POST"),
-            _route("/api/generate", partial(generate, pace), "POST"),
-            _route("/api/embed", embed, "POST"),
-            _route("/api/embeddings", embeddings, "POST"),
-            _route("/v1/models", v1_models, "GET"),
-            _route("/v1/models/{name}", v1_model, "GET"),
-            _route("/v1/chat/completions", partial(v1_chat, pace), "POST"),
-            _route("/v1/completions", partial(v1_completions, pace), "POST"),
-            _route("/v1/embeddings", v1_embeddings, "POST"),
-        ],
-        exception_handlers={Refused: refused, 404: not_found, 405: not_allowed},
-    )
-    app.router.redirect_slashes = False  # Starlette's Location is absolute, Ollama's is not
+    """Return a stand-in with models of its own; `pace` is the seconds between two frames."""
+    ollama = Ollama(pace)
+    routes = [
+        _route("HEAD GET", "/", lambda _: Response("Ollama is running", media_type="text/plain")),
+        _route("HEAD GET", "/api/version", lambda _: native({"version": VERSION})),
+        _route("HEAD GET", "/api/tags", ollama.tags),
+        _route("GET", "/api/ps", ollama.ps),
+        _route("POST", "/api/show", ollama.show),
+        _route("POST", "/api/create", ollama.create),
+        _route("DELETE", "/api/delete", ollama.delete),
+        _route("GET", "/v1/models", ollama.v1_models),
+        _route("GET", "/v1/models/{model}", ollama.v1_model),
+    ]
+    routes += [_route("POST", path, partial(ollama.embed, path)) for path in EMBEDDERS]
+    routes += [_route("POST", path, partial(ollama.chat, path)) for path in READERS]
+    app = Starlette(routes=routes, exception_handlers={Refused: _refused, 404: _plain, 405: _plain})
+    app.router.redirect_slashes = False
     return app
 
 
-def _route(path: str, endpoint: Endpoint, *methods: str) -> Route:
-    route = Route(path, endpoint, methods=methods, name=path)
-    route.methods = set(methods)  # Starlette lets HEAD in with every GET, Ollama does not
+def _route(methods: str, path: str, answer: Callable[[Json], Response]) -> Route:
+    async def endpoint(request: Request) -> Response:
+        sent = request.method in ("POST", "DELETE")
+        try:
+            return answer(await _read(request) if sent else request.path_params)
+        except (TypeError, ValueError, LookupError, AttributeError) as exc:
+            raise Refused(400, f"json: {exc}", early=True) from exc
+
+    route = Route(path, endpoint, methods=methods.split(), name=path)
+    route.methods = set(methods.split())  # Starlette lets HEAD in with every GET, Ollama does not
     return route
 
 
-async def root(request: Request) -> Response:
-    return Response("Ollama is running", media_type="text/plain")
+class Ollama:
+    """The endpoints: each takes the body of a request and returns the answer.
+
+    `models` has the values that fill the holes of demo.json, by the model's name in small letters.
+    """
+
+    def __init__(self, pace: float) -> None:
+        self.pace, self.shapes = pace, json.loads(SHAPES.read_text(encoding="utf-8"))
+        self.models: dict[str, Json] = {}
+        empty = {"$system": "", "$template": "{{ .Prompt }}", "$parameters": {}}
+        self.keep("demo:latest", "", empty, ["completion", "tools", "vision"])
+        self.keep("demo-embed:latest", "", empty, ["embedding"])
+
+    def keep(self, name: str, parent: str, settings: Json, capabilities: list[str]) -> None:
+        """Add a model; `settings` has the $system, $template and $parameters that it was given."""
+        made, content = datetime.now(UTC), json.dumps([parent or name, settings]).encode()
+        model = {**settings, "$name": name, "$parent": parent, "$capabilities": capabilities}
+        model |= {"$digest": f"{zlib.crc32(content):064x}", "$modified": stamp(made)}
+        model |= {"$created": int(made.timestamp()), "$modelfile": f"FROM {parent or name}\n"}
+        model["$num_ctx"] = settings["$parameters"].get("num_ctx", 4096)
+        self.models[name.lower()] = model
+
+    def find(self, name: str, error: str = "model '{}' not found") -> Json:
+        if model := self.models.get(full(name).lower()):
+            return model
+        raise Refused(404, error.format(name))
+
+    def fill(self, shape: Any, values: Json) -> Any:
+        """Return a shape of demo.json with its holes filled."""
+        if isinstance(shape, str) and shape.startswith("$"):
+            return values[shape] if shape in values else self.fill(self.shapes[shape], values)
+        if isinstance(shape, list):
+            return [self.fill(part, values) for part in shape]
+        if not isinstance(shape, dict):
+            return shape
+        filled: Json = {}
+        for key, part in shape.items():
+            value = self.fill(part, values)
+            filled |= value if key.startswith("...") else {key: value}
+        return filled
+
+    def tags(self, body: Json) -> Response:
+        return native({"models": [self.fill("$card", model) for model in self.models.values()]})
+
+    def ps(self, body: Json) -> Response:
+        return native({"models": [self.fill("$loaded", model) for model in self.models.values()]})
+
+    def show(self, body: Json) -> Response:
+        model = self.find(full(named(body)))
+        lines = "\n".join(f"{k:<30} {json.dumps(v)}" for k, v in model["$parameters"].items())
+        shown = self.fill("$show", model | {"$lines": lines})
+        return native({key: value for key, value in shown.items() if value})
+
+    def create(self, body: Json) -> Response:
+        name, parent = full(named(body)), full(body.get("from") or "")
+        if not (base := self.models.get(parent.lower())):  # Ollama would try to pull it
+            raise Refused(500, "pull model manifest: file does not exist")
+        settings = {f"${key}": body.get(key) or base[f"${key}"] for key in ("system", "template")}
+        settings["$parameters"] = base["$parameters"] | (body.get("parameters") or {})
+        self.keep(name, parent, settings, base["$capabilities"])
+        if body.get("stream") is False:
+            return v1({"status": "success"})
+        layer = f"using existing layer sha256:{base['$digest']}"
+        return self.stream({"status": step} for step in (layer, "writing manifest", "success"))
+
+    def delete(self, body: Json) -> Response:
+        if not self.find(named(body))["$parent"]:
+            raise Refused(403, "the demo's own models stay")
+        del self.models[full(named(body)).lower()]
+        return Response()
+
+    def v1_models(self, body: Json) -> Response:
+        data = [self.fill("$v1_card", model) for model in self.models.values()]
+        return v1({"object": "list", "data": data})
+
+    def v1_model(self, body: Json) -> Response:
+        return v1(self.fill("$v1_card", self.find(full(body["model"])) | {"$name": body["model"]}))
+
+    def embed(self, path: str, body: Json) -> Response:
+        """Answer on any of the paths of EMBEDDERS."""
+        given = body.get("input") or body.get("prompt") or []
+        texts = [given] if isinstance(given, str) else given
+        self.find(named(body), 'model "{}" not found, try pulling it first')
+        vectors = [vector(text) for text in texts]
+        data = [{"object": "embedding", "embedding": v, "index": i} for i, v in enumerate(vectors)]
+        values = {"$model": body["model"], "$heard": count(texts), "$data": data}
+        values |= {"$embeddings": vectors, "$vector": (vectors or [vector("")])[0]}
+        reply = self.fill(self.shapes[path], values)
+        return v1(reply) if path == "/v1/embeddings" else native(reply)
+
+    def chat(self, path: str, body: Json) -> Response:
+        """Answer on any of the paths of READERS, streamed or whole."""
+        said, own = READERS[path](body), path.startswith("/api/")
+        unload = own and not said and body.get("keep_alive") in (0, "0", "0s", "0m")
+        model = self.find(named(body))
+        if not unload and "completion" not in model["$capabilities"]:
+            raise Refused(400, f'"{body["model"]}" does not support chat')
+        if said and model["$system"] and said[0][0] != "system":
+            said = [("system", model["$system"]), *said]
+        words, tool, reason = compose(body, said, model["$parameters"])
+        values = values_of(body, said, words, tool) | {"$reason": "unload" if unload else reason}
+        values["$stop_reason"] = self.shapes["stop_reasons"].get(reason, "stop_sequence")
+        shapes = self.shapes[path]
+        shape = shapes["tool" if tool else "text" if words else "none"]
+        if (body.get("stream") is False or not said) if own else not body.get("stream"):
+            whole = self.fill(shape["whole"], values | {"$stamp": stamp(datetime.now(UTC))})
+            return native(whole) if own else v1(whole)
+        usage = [shapes["usage"]] if (body.get("stream_options") or {}).get("include_usage") else []
+        repeated = words[1:] if path == "/v1/chat/completions" else words
+        return self.stream(self.frames(shape["stream"] + usage, values, repeated), path)
+
+    def frames(self, shapes: list[Any], values: Json, words: list[str]) -> Iterator[Json]:
+        pairs = [(s, w) for s in shapes for w in (words if '"$word"' in json.dumps(s) else [""])]
+        for number, (shape, word) in enumerate(pairs):
+            fresh = {"$word": word, "$number": number, "$stamp": stamp(datetime.now(UTC))}
+            yield self.fill(shape, values | fresh)
+
+    def stream(self, frames: Iterable[Json], path: str = "/api/create") -> Response:
+        async def paced() -> AsyncIterator[bytes]:
+            for frame in frames:
+                yield framed(frame, path)
+                await asyncio.sleep(self.pace)  # also 0 lets each frame leave on its own
+            if path in ("/v1/chat/completions", "/v1/completions"):
+                yield b"data: [DONE]\n\n"
+
+        if path.startswith("/api/"):
+            return StreamingResponse(paced(), headers={"content-type": "application/x-ndjson"})
+        cache = {"cache-control": "no-cache"} if path in ("/v1/messages", "/v1/responses") else {}
+        return StreamingResponse(paced(), headers={**cache, "content-type": "text/event-stream"})
 
 
-async def version(request: Request) -> Response:
-    return _reply({"version": VERSION})
+def framed(frame: Json, path: str) -> bytes:
+    if path.startswith("/api/"):
+        return encode(frame) + b"\n"
+    event = f"event: {frame['type']}\n" if "type" in frame else ""
+    # Ollama makes the events of /v1/responses of maps: their keys are sorted.
+    return event.encode() + b"data: " + encode(frame, path == "/v1/responses") + b"\n\n"
 
 
-async def tags(request: Request) -> Response:
-    return _reply({"models": [_card(name) for name in CAPABILITIES]})
+def compose(body: Json, said: Said, parameters: Json) -> tuple[list[str], str, str]:
+    """Return the words of an answer, the name of the tool that it calls, and why it ends."""
+    if not said:
+        return [], "", "load"
+    if body.get("tools") and asks_for_a_tool(said):
+        tool = body["tools"][0]
+        return [], tool.get("function", tool)["name"], "stop"
+    text = "I am the demo model. I was sent:" + "".join(f"\n[{role}] {text}" for role, text in said)
+    wanted = body.get("response_format") or (body.get("text") or {}).get("format") or {}
+    if body.get("format") or wanted.get("type", "text") != "text":
+        text = json.dumps({"answer": text}, ensure_ascii=False)
+    words = re.findall(r"\s*\S+|\s+", text)
+    options = parameters | (body.get("options") or {})
+    limits = body.get("max_tokens"), body.get("max_output_tokens"), options.get("num_predict")
+    limit = next(filter(None, limits), 0)
+    return (words[:limit], "", "length") if 0 < limit < len(words) else (words, "", "stop")
 
 
-async def ps(request: Request) -> Response:
-    loaded = {"expires_at": _stamp(MADE.replace(year=2318)), "size_vram": 0, "context_length": 4096}
-    return _reply({"models": [_card(name) | loaded for name in CAPABILITIES]})
+def asks_for_a_tool(said: Said) -> bool:
+    asked = [text for role, text in said if role == "user"][-1:]
+    return said[-1][0] != "tool" and bool(re.search(r"\btool\b", "".join(asked), re.IGNORECASE))
 
 
-async def show(request: Request) -> Response:
-    body = await _bind(request, "api.ShowRequest")
-    name = _full(_required(body.get("model") or body.get("name")))
-    if name not in CAPABILITIES:
-        raise Refused(404, f"model '{name}' not found")
-    about = {"modelfile": f"FROM {name}\n", "template": "{{ .Prompt }}", "details": DETAILS}
-    info = {"general.architecture": "demo", "demo.context_length": 4096}
-    last = {"capabilities": CAPABILITIES[name], "modified_at": _stamp(MADE)}
-    return _reply({**about, "model_info": info, **last})
+def values_of(body: Json, said: Said, words: list[str], tool: str) -> Json:
+    # Durations as if each word took a millisecond: the same request gets the same numbers.
+    heard, spoken, n = count(text for _, text in said), len(words), random.randrange(999_999)
+    keys = ("type", "name", "description", "strict", "parameters")
+    echoed = ("instructions", "text", "top_p", "temperature", "reasoning", "max_output_tokens")
+    ids = {"chat_id": f"chatcmpl-{n % 999}", "completion_id": f"cmpl-{n % 999}"}
+    ids |= {"msg_id": f"msg_{random.randbytes(12).hex()}", "call": f"call_{n:08x}"}
+    ids |= {"response_id": f"resp_{n}", "item_id": f"fc_{n}_0" if tool else f"msg_{n}"}
+    values: Json = {"model": body["model"], "text": "".join(words), "tool": tool, **ids}
+    values |= {"first": "".join(words[:1]), "now": int(datetime.now(UTC).timestamp())}
+    values |= {"heard": heard, "spoken": spoken, "total": heard + spoken}
+    values |= {"heard_ns": heard * 10**6, "spoken_ns": spoken * 10**6}
+    values |= {"total_ns": (heard + spoken + 1) * 10**6, "context": list(range(heard + spoken))}
+    values["tools"] = [{key: tool.get(key) for key in keys} for tool in body.get("tools") or []]
+    values["echo"] = {key: body[key] for key in echoed if body.get(key) is not None}
+    return {f"${key}": value for key, value in values.items()}
 
 
-def _card(name: str) -> Json:
-    digest = hashlib.sha256(name.encode()).hexdigest()
-    made = {"modified_at": _stamp(MADE), "size": 1, "digest": digest}
-    details = {**DETAILS, "context_length": 4096, "embedding_length": DIMENSIONS}
-    about = {"details": details, "capabilities": CAPABILITIES[name]}
-    return {"name": name, "model": name, **made, **about}
+def read_chat(body: Json) -> Said:
+    return [turn(message) for message in body.get("messages") or []]
 
 
-async def v1_models(request: Request) -> Response:
-    return _v1_reply({"object": "list", "data": [_v1_card(name) for name in CAPABILITIES]})
+def read_prompt(body: Json) -> Said:
+    if not (prompt := body.get("prompt")):
+        return []
+    system = [("system", body["system"])] if body.get("system") else []
+    return [*system, turn({"role": "user", "content": prompt, "images": body.get("images")})]
 
 
-async def v1_model(request: Request) -> Response:
-    name = request.path_params["name"]
-    if _full(name) not in CAPABILITIES:
-        raise Refused(404, f"model '{_full(name)}' not found")
-    return _v1_reply(_v1_card(name))
-
-
-def _v1_card(name: str) -> Json:
-    created = int(MADE.timestamp())
-    return {"id": name, "object": "model", "created": created, "owned_by": "library"}
-
-
-async def chat(pace: float, request: Request) -> Response:
-    body = await _bind(request, "api.ChatRequest")
-    if not re.fullmatch(r"([\w.:-]+/){0,2}[\w.-]+(:[\w.-]+)?", _required(body.get("model")), re.A):
-        raise Refused(400, "invalid model name")
-    said = [_turn(message) for message in body.get("messages") or []]
-    return _native(pace, body, said, "chat", _as_message)
-
-
-async def generate(pace: float, request: Request) -> Response:
-    body = await _bind(request, "api.GenerateRequest")
-    said = [("system", body["system"])] if body.get("system") else []
-    said += [_turn({"role": "user", "content": body.get("prompt"), "images": body.get("images")})]
-    return _native(pace, body, said if body.get("prompt") else [], "generate", _as_response)
-
-
-def _as_message(text: str) -> Json:
-    return {"message": {"role": "assistant", "content": text}}
-
-
-def _as_response(text: str) -> Json:
-    return {"response": text}
-
-
-def _native(pace: float, body: Json, said: Said, verb: str, say: Say) -> Response:
-    model = body.get("model") or ""
-    unload = not said and body.get("keep_alive") in (0, "0", "0s", "0m")
-    _admit(model, "" if unload else verb)
-    if not said:  # a plain object, whatever `stream` says
-        return _reply(_frame(model, say(""), done_reason="unload" if unload else "load"))
-    if body.get("think"):
-        raise Refused(400, f'"{model}" does not support thinking')
-    answer = _compose(body, said, _num_predict(body), structured=bool(body.get("format")))
-    if body.get("stream") is False:
-        return _reply(_frame(model, _whole(answer, say), **_ending(answer, say)))
-    return _stream(pace, "application/x-ndjson", _lines(model, answer, say))
-
-
-def _num_predict(body: Json) -> int:
-    limit = (body.get("options") or {}).get("num_predict") or 0
-    if not isinstance(limit, int | float):
-        raise Refused(500, 'option "num_predict" must be of type integer')
-    return int(limit)
-
-
-def _lines(model: str, answer: Answer, say: Say) -> Iterator[bytes]:
-    for piece in [_whole(answer, say)] if answer.tool else map(say, answer.words):
-        yield _encode(_frame(model, piece)) + b"\n"
-    yield _encode(_frame(model, say(""), **_ending(answer, say))) + b"\n"
-
-
-def _frame(model: str, piece: Json, **ending: Any) -> Json:
-    head = {"model": model, "created_at": _stamp(datetime.now(UTC))}
-    return {**head, **piece, "done": bool(ending), **ending}
-
-
-def _whole(answer: Answer, say: Say) -> Json:
-    piece = say("".join(answer.words))
-    if answer.tool:
-        function = {"index": 0, "name": answer.tool, "arguments": {}}
-        piece["message"]["tool_calls"] = [{"id": _call_id(), "function": function}]
-    return piece
-
-
-def _ending(answer: Answer, say: Say) -> Json:
-    # As if each word took a millisecond: the same request gets the same numbers.
-    heard, spoken = answer.heard, len(answer.words)
-    context = {"context": list(range(heard + spoken))} if say is _as_response else {}
-    total = {"total_duration": (heard + spoken + 1) * MILLISECOND, "load_duration": MILLISECOND}
-    read = {"prompt_eval_count": heard, "prompt_eval_duration": heard * MILLISECOND}
-    wrote = {"eval_count": spoken, "eval_duration": spoken * MILLISECOND}
-    return {"done_reason": answer.reason, **context, **total, **read, **wrote}
-
-
-async def v1_chat(pace: float, request: Request) -> Response:
-    body = await _bind(request, "openai.ChatCompletionRequest")
+def read_v1(body: Json) -> Said:
     if not body.get("messages"):
-        raise Malformed(400, "[] is too short - 'messages'")
-    if any(m.get("content") is None and not m.get("tool_calls") for m in body["messages"]):
-        raise Malformed(400, "invalid message content type: <nil>")
-    _admit(_required(body.get("model")), "chat")
-    said = [_turn(message) for message in body["messages"]]
-    structured = (body.get("response_format") or {}).get("type", "text") != "text"
-    answer = _compose(body, said, body.get("max_tokens") or 0, structured=structured)
-    if body.get("stream"):
-        head = _v1_head(body, "chatcmpl", "chat.completion.chunk")
-        return _stream(pace, "text/event-stream", _events(body, head, answer, _deltas(answer)))
-    message = {"role": "assistant", "content": "".join(answer.words), **_v1_calls(answer)}
-    choice = {"index": 0, "message": message, "finish_reason": answer.finish_reason}
-    head = _v1_head(body, "chatcmpl", "chat.completion")
-    return _v1_reply({**head, "choices": [choice], "usage": _usage(answer)})
+        raise Refused(400, "[] is too short - 'messages'", early=True)
+    return read_chat(body)
 
 
-def _deltas(answer: Answer) -> Iterator[Json]:
-    role = {"role": "assistant"}
-    for word in answer.words or [""]:
-        delta = {**role, "content": word, **_v1_calls(answer)}
-        yield {"index": 0, "delta": delta, "finish_reason": None}
-        role = {}
-    yield {"index": 0, "delta": {}, "finish_reason": answer.finish_reason}
+def read_messages(body: Json) -> Said:
+    named(body, early=True)
+    if (body.get("max_tokens") or 0) <= 0:
+        raise Refused(400, "max_tokens is required and must be positive", early=True)
+    if not body.get("messages"):
+        raise Refused(400, "messages is required", early=True)
+    said = [turn({"role": "system", "content": body.get("system")}, "")]
+    for message in body["messages"]:
+        results = [part for part in parts(message["content"]) if part["type"] == "tool_result"]
+        said += [turn({"role": "tool", "content": part.get("content")}, "") for part in results]
+        said.append(turn(message, ""))
+    return [(role, text) for role, text in said if text]
 
 
-def _v1_calls(answer: Answer) -> Json:
-    function = {"name": answer.tool, "arguments": "{}"}
-    call = {"id": _call_id(), "index": 0, "type": "function", "function": function}
-    return {"tool_calls": [call]} if answer.tool else {}
+def read_responses(body: Json) -> Said:
+    said, items = [("system", body.get("instructions") or "")], body.get("input") or []
+    for item in [{"role": "user", "content": items}] if isinstance(items, str) else items:
+        if item.get("type") == "function_call_output":
+            said.append(turn({"role": "tool", "content": item["output"]}, ""))
+        elif item.get("type") == "function_call":
+            said.append(("assistant", "(1 tool call)"))
+        elif item.get("type", "message") == "message":
+            said.append(turn(item, ""))
+    return [(role, text) for role, text in said if text]
 
 
-async def v1_completions(pace: float, request: Request) -> Response:
-    body = await _bind(request, "openai.CompletionRequest")
-    _admit(body.get("model") or "", "generate")
-    said = [("user", body["prompt"])] if body.get("prompt") else []
-    answer = _compose({}, said, body.get("max_tokens") or 0, structured=False)
-    head = _v1_head(body, "cmpl", "text_completion")
-    if body.get("stream"):
-        return _stream(pace, "text/event-stream", _events(body, head, answer, _texts(answer)))
-    choice = {"text": "".join(answer.words), "index": 0, "finish_reason": answer.reason}
-    return _v1_reply({**head, "choices": [choice], "usage": _usage(answer)})
+EMBEDDERS = ("/api/embed", "/api/embeddings", "/v1/embeddings")
+READERS = {
+    "/api/chat": read_chat,
+    "/api/generate": read_prompt,
+    "/v1/chat/completions": read_v1,
+    "/v1/completions": read_prompt,
+    "/v1/messages": read_messages,
+    "/v1/responses": read_responses,
+}
 
 
-def _texts(answer: Answer) -> Iterator[Json]:
-    for word in answer.words:
-        yield {"text": word, "index": 0, "finish_reason": None}
-    yield {"text": "", "index": 0, "finish_reason": answer.reason}
+def turn(message: Json, glue: str = " ") -> tuple[str, str]:
+    """Return role and text of a message; `glue` joins its parts."""
+    message = lowered(message)
+    found = parts(message.get("content"))
+    texts = [part["text"] for part in found if part["type"].endswith("text") and part["text"]]
+    images = len(message.get("images") or []) + sum("image" in part["type"] for part in found)
+    calls = len(message.get("tool_calls") or []) + sum(p["type"] == "tool_use" for p in found)
+    said = [glue.join(texts), number(images, "image"), number(calls, "tool call")]
+    return str(message.get("role") or "").lower(), " ".join(filter(None, said))
 
 
-def _events(body: Json, head: Json, answer: Answer, choices: Iterator[Json]) -> Iterator[bytes]:
-    chunks = [{**head, "choices": [choice]} for choice in choices]
-    if (body.get("stream_options") or {}).get("include_usage"):
-        chunks.append({**head, "choices": [], "usage": _usage(answer)})
-    for chunk in chunks:
-        yield b"data: " + _encode(chunk) + b"\n\n"
-    yield b"data: [DONE]\n\n"
+def parts(content: Any) -> list[Json]:
+    return [{"type": "text", "text": content}] if isinstance(content, str) else content or []
 
 
-def _v1_head(body: Json, prefix: str, kind: str) -> Json:
-    name = {"id": f"{prefix}-{random.randrange(999)}", "object": kind, "created": int(time.time())}
-    return {**name, "model": body["model"], "system_fingerprint": "fp_ollama"}
+def number(count: int, thing: str) -> str:
+    return f"({count} {thing}{'s' * (count > 1)})" if count else ""
 
 
-def _usage(answer: Answer) -> Json:
-    heard, spoken = answer.heard, len(answer.words)
-    counts = {"prompt_tokens": heard, "completion_tokens": spoken}
-    return {**counts, "total_tokens": heard + spoken}
-
-
-async def embed(request: Request) -> Response:
-    body = await _bind(request, "api.EmbedRequest")
-    texts = _inputs(body)
-    _admit_embedder(body.get("model") or "", 501)
-    reply = {"model": body["model"], "embeddings": [vector(text) for text in texts]}
-    if texts:
-        reply |= {"total_duration": 2 * MILLISECOND, "load_duration": MILLISECOND}
-        reply |= {"prompt_eval_count": _count(texts)}
-    return _reply(reply)
-
-
-async def embeddings(request: Request) -> Response:
-    body = await _bind(request, "api.EmbeddingRequest")
-    _admit_embedder(body.get("model") or "", 500)
-    return _reply({"embedding": vector(body.get("prompt") or "")})
-
-
-async def v1_embeddings(request: Request) -> Response:
-    body = await _bind(request, "openai.EmbedRequest")
-    texts = _inputs(body)
-    _admit_embedder(body.get("model") or "", 501)
-    encode = _base64 if body.get("encoding_format") == "base64" else list
-    data = [
-        {"object": "embedding", "embedding": encode(vector(text)), "index": index}
-        for index, text in enumerate(texts)
-    ]
-    usage = {"prompt_tokens": _count(texts), "total_tokens": _count(texts)}
-    return _v1_reply({"object": "list", "data": data, "model": body["model"], "usage": usage})
-
-
-def _base64(values: list[float]) -> str:
-    return base64.b64encode(struct.pack(f"<{len(values)}f", *values)).decode()
+def count(texts: Iterable[str]) -> int:
+    return sum(len(text.split()) for text in texts)
 
 
 def vector(text: str) -> list[float]:
@@ -390,211 +383,73 @@ def vector(text: str) -> list[float]:
     return [round(count / length, 8) for count in counts]
 
 
-def _inputs(body: Json) -> list[str]:
-    given = body.get("input") or []
-    texts = [given] if isinstance(given, str) else given
-    if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
-        raise Refused(400, "invalid input type")
-    return texts
-
-
-@dataclass(frozen=True, slots=True)
-class Answer:
-    """What the model says, in any dialect: its words, joined, are the text.
-
-    `heard` is how many words it was sent, `tool` the name of the one it calls.
-    """
-
-    words: tuple[str, ...] = ()
-    heard: int = 0
-    reason: str = "load"
-    tool: str = ""
-
-    @property
-    def finish_reason(self) -> str:
-        return "tool_calls" if self.tool else self.reason
-
-
-def _compose(body: Json, said: Said, limit: int, *, structured: bool) -> Answer:
-    if not said:
-        return Answer()
-    heard = _count(text for _, text in said)
-    if body.get("tools") and _asks_for_a_tool(said):
-        return Answer((), heard, "stop", body["tools"][0]["function"]["name"])
-    text = "I am the demo model. I was sent:" + "".join(f"\n[{role}] {text}" for role, text in said)
-    if structured:
-        text = json.dumps({"answer": text}, ensure_ascii=False)
-    words = tuple(re.findall(r"\s*\S+|\s+", text))
-    if 0 < limit < len(words):
-        return Answer(words[:limit], heard, "length")
-    return Answer(words, heard, "stop")
-
-
-def _asks_for_a_tool(said: Said) -> bool:
-    asked = [text for role, text in said if role == "user"][-1:]
-    return said[-1][0] != "tool" and bool(re.search(r"\btool\b", "".join(asked), re.IGNORECASE))
-
-
-def _turn(message: Json) -> tuple[str, str]:
-    content = message.get("content") or ""
-    parts = [{"type": "text", "text": content}] if isinstance(content, str) else content
-    texts = [part["text"] for part in parts if part["type"] == "text" and part["text"]]
-    images = len(message.get("images") or []) + [part["type"] for part in parts].count("image_url")
-    calls = len(message.get("tool_calls") or [])
-    notes = _number(images, "image") + _number(calls, "tool call")
-    return str(message.get("role") or "").lower(), " ".join(texts + notes)
-
-
-def _number(count: int, thing: str) -> list[str]:
-    return [f"({count} {thing}{'s' * (count > 1)})"] if count else []
-
-
-def _count(texts: Iterable[str]) -> int:
-    return sum(len(text.split()) for text in texts)
-
-
-def _call_id() -> str:
-    return f"call_{random.randbytes(4).hex()}"
-
-
-def _stamp(moment: datetime) -> str:
+def stamp(moment: datetime) -> str:
     return moment.isoformat().replace("+00:00", "Z")
 
 
-def _stream(pace: float, kind: str, frames: Iterator[bytes]) -> Response:
-    async def paced() -> AsyncIterator[bytes]:
-        wait = 0.0  # a sleep of 0 still lets each frame leave on its own
-        for frame in frames:
-            await asyncio.sleep(wait)
-            yield frame
-            wait = pace
-
-    return StreamingResponse(paced(), headers={"content-type": kind})
-
-
-def _reply(value: Json, status: int = 200) -> Response:
-    return Response(_encode(value), status, {"content-type": "application/json; charset=utf-8"})
-
-
-def _v1_reply(value: Json, status: int = 200) -> Response:
-    return Response(_encode(value) + b"\n", status, {"content-type": "application/json"})
-
-
-def _encode(value: Json) -> bytes:
-    text = json.dumps(value, ensure_ascii=False, separators=(",", ":"))
-    return text.translate(ESCAPES).encode()
-
-
-async def _bind(request: Request, into: str) -> Json:
-    # As Go reads it: any Content-Type, keys in any case, and what follows the value is ignored.
-    text = (await request.body()).decode(errors="replace").lstrip(" \t\r\n")
-    if not text:
-        raise Malformed(400, "EOF" if into.startswith("openai.") else "missing request body")
-    body = _decode(text)
-    if body is None:
-        return {}
-    if not isinstance(body, dict):
-        found = KINDS[type(body)]
-        raise Malformed(400, f"json: cannot unmarshal {found} into Go value of type {into}")
-    _check(body, into)
-    return body
-
-
-def _decode(text: str) -> Any:
-    decoder = json.JSONDecoder(
-        object_pairs_hook=lambda pairs: {key.lower(): value for key, value in pairs},
-        parse_constant=_no_constant,
-    )
-    try:
-        return decoder.raw_decode(text)[0]
-    except json.JSONDecodeError as exc:
-        raise Malformed(400, _syntax(exc)) from exc
-
-
-def _no_constant(name: str) -> Any:
-    raise Malformed(400, f"invalid character '{name[0]}' looking for beginning of value")
-
-
-def _syntax(exc: json.JSONDecodeError) -> str:
-    if exc.pos >= len(exc.doc) or exc.msg.startswith("Unterminated"):
-        return "unexpected EOF"
-    sign = chr(exc.doc[exc.pos].encode()[0])  # Go looks at bytes
-    return f"invalid character '{sign}' {SYNTAX.get(exc.msg, 'in string literal')}"
-
-
-def _check(body: Json, into: str) -> None:
-    package, _, name = into.partition(".")
-    for key, (kind, go_type) in FIELDS.items():
-        _check_field(body.get(key), kind, f"{name}.{key} of type {go_type}")
-    for message in body.get("messages") or []:
-        _check_field(message, dict, f"{name}.messages of type api.Message")
-        if package == "api":  # /v1 takes a list of parts as well
-            where = f"{name}.messages.content of type string"
-            _check_field(message.get("content"), str, where)
-
-
-def _check_field(value: Any, kind: type, where: str) -> None:
-    if value is not None and not isinstance(value, kind):
-        found = KINDS[type(value)]
-        raise Malformed(400, f"json: cannot unmarshal {found} into Go struct field {where}")
-
-
-def _required(model: str | None) -> str:
-    if not model:
-        raise Refused(400, "model is required")
-    return model
-
-
-def _admit(model: str, verb: str) -> None:
-    if _full(model) not in CAPABILITIES:
-        raise Refused(404, f"model '{model}' not found")
-    if verb and "completion" not in CAPABILITIES[_full(model)]:
-        raise Refused(400, f'"{model}" does not support {verb}')
-
-
-def _admit_embedder(model: str, status: int) -> None:
-    if _full(model) not in CAPABILITIES:
-        raise Refused(404, f'model "{model}" not found, try pulling it first')
-    if "embedding" not in CAPABILITIES[_full(model)]:
-        why = "This server does not support embeddings. Start it with `--embeddings`"
-        raise Refused(status, why)
-
-
-def _full(model: str) -> str:
+def full(model: str) -> str:
     return model if ":" in model else f"{model}:latest"
 
 
+def named(body: Json, early: bool = False) -> str:
+    if name := body.get("model") or body.get("name"):
+        return str(name)
+    raise Refused(400, "model is required", early)
+
+
+def native(value: Json, status: int = 200) -> Response:
+    return Response(encode(value), status, {"content-type": "application/json; charset=utf-8"})
+
+
+def v1(value: Json, status: int = 200) -> Response:
+    return Response(encode(value) + b"\n", status, {"content-type": "application/json"})
+
+
+def encode(value: Json, sort_keys: bool = False) -> bytes:
+    text = json.dumps(value, ensure_ascii=False, separators=(",", ":"), sort_keys=sort_keys)
+    return text.translate(ESCAPES).encode()
+
+
+async def _read(request: Request) -> Json:
+    # As Go reads it: any Content-Type, keys in any case, and what follows the value is ignored.
+    text = (await request.body()).decode(errors="replace").lstrip(" \t\r\n")
+    if not text:
+        v1 = request.url.path.startswith("/v1/")
+        raise Refused(400, "EOF" if v1 else "missing request body", early=True)
+    return lowered(DECODER.raw_decode(text)[0] or {})
+
+
+def lowered(value: Json) -> Json:
+    return {key.lower(): field for key, field in value.items()}
+
+
 class Refused(Exception):
-    """A request that Ollama answers with `status` and an error of this text."""
+    """A request that Ollama answers with `status` and an error of this text.
 
-    def __init__(self, status: int, message: str) -> None:
+    `early`: before it reached the model; on /v1 another writer says so, without a newline.
+    """
+
+    def __init__(self, status: int, message: str, early: bool = False) -> None:
         super().__init__(message)
-        self.status = status
+        self.status, self.early = status, early
 
 
-class Malformed(Refused):
-    """Refused before it reached the model; on /v1 another writer says so, without a newline."""
+async def _refused(request: Request, exc: Any) -> Response:
+    path = request.url.path
+    kind = {400: "invalid_request_error", 404: "not_found_error"}.get(exc.status, "api_error")
+    body: Json = {"error": str(exc)}
+    if path == "/v1/messages":
+        error = {"type": kind, "message": str(exc)}
+        body = {"type": "error", "error": error, "request_id": f"req_{random.randbytes(12).hex()}"}
+    elif path.startswith("/v1/"):
+        body = {"error": {"message": str(exc), "type": kind, "param": None, "code": None}}
+    return v1(body, exc.status) if "v1" in path and not exc.early else native(body, exc.status)
 
 
-async def refused(request: Request, exc: Exception) -> Response:
-    assert isinstance(exc, Refused)
-    if not request.url.path.startswith("/v1/"):
-        return _reply({"error": str(exc)}, exc.status)
-    types = {400: "invalid_request_error", 404: "not_found_error"}
-    error = {"message": str(exc), "type": types.get(exc.status, "api_error")}
-    reply = _reply if isinstance(exc, Malformed) else _v1_reply
-    return reply({"error": {**error, "param": None, "code": None}}, exc.status)
-
-
-async def not_found(request: Request, exc: Exception) -> Response:
-    path = request.url.path.removesuffix("/")
-    if path in {route.path for route in request.app.routes}:
-        return Response(status_code=307, headers={"location": path})
-    return Response("404 page not found", 404, {"content-type": "text/plain"})
-
-
-async def not_allowed(request: Request, exc: Exception) -> Response:
-    assert isinstance(exc, HTTPException) and exc.headers
+async def _plain(request: Request, exc: Any) -> Response:
+    """Answer 404 and 405 as Ollama's router does."""
+    headers = {"content-type": "text/plain"}
+    if exc.status_code == 404:
+        return Response("404 page not found", 404, headers)
     allow = ", ".join(sorted(exc.headers["Allow"].split(", "), reverse=True))
-    headers = {"allow": allow, "content-type": "text/plain"}
-    return Response("405 method not allowed", 405, headers)
+    return Response("405 method not allowed", 405, {"allow": allow, **headers})
