@@ -1,55 +1,64 @@
+# /// script
+# requires-python = ">=3.11"
+# dependencies = [
+#     "httptools>=0.7",
+#     "starlette>=1.0",
+#     "uvicorn>=0.50",
+#     "uvloop>=0.21; sys_platform != 'win32'",
+# ]
+# ///
 """Ollama Smart Proxy: the composition root and the command line.
 
-`create_app` is the architecture: it makes one client, one registry and one collector and hands them
-to the slices. `main` reads the settings and serves; what is process-wide (signals, logging,
-`sys` settings, the environment) belongs to it.
+`create_app` is the architecture: it makes one client and one registry and hands them to the slices.
+`main` reads the settings and serves; what is process-wide (signals, logging, `sys` settings, the
+environment) belongs to it. Python 3.8 must be able to parse this file, to say what is missing.
 """
 
-from __future__ import annotations
+import sys
+from importlib.util import find_spec
 
-import argparse
+if sys.version_info < (3, 11) or not all(map(find_spec, ("httptools", "starlette", "uvicorn"))):
+    python = "python3.11" if sys.version_info < (3, 11) else "python3"
+    sys.stderr.write(
+        f"{sys.argv[0]} needs Python 3.11, starlette and uvicorn; type: {python} -m venv .venv "
+        f'&& .venv/bin/pip install -q ".[agents]" && .venv/bin/python {sys.argv[0]}\n'
+    )
+    sys.exit(2)
+
 import asyncio
 import logging
 import math
 import os
-import socket
-import sys
+import signal
+from argparse import ArgumentParser, Namespace
 from collections.abc import AsyncIterator, Mapping
-from contextlib import AsyncExitStack, asynccontextmanager
+from contextlib import asynccontextmanager, nullcontext
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
-from typing import Any
+from socket import socket
+from typing import NoReturn
 
 import uvicorn
 from starlette.types import ASGIApp
 
 import demo
 from kernel import log
-from kernel.access import Access
+from kernel.access import Access, is_loopback
+from kernel.address import parse_upstream
 from kernel.client import OllamaClient
-from kernel.config import HOME, Config, load, parse_upstream
+from kernel.config import HOME, Config, load
 from kernel.errors import ConfigError, UpstreamError
-from kernel.log import AccessLog
+from kernel.guards import Guards
 from kernel.metrics import Metrics
-from kernel.models import Presets
 from kernel.plugin import loaded
+from kernel.presets import Presets
 from kernel.registry import PluginRegistry
+from kernel.reload import Reloader
 from kernel.server import SETTINGS, Paths, Server, check_loop, listen, url_of
-from slices import (
-    chat,
-    embeddings,
-    generate,
-    health,
-    metrics,
-    passthrough,
-    plugins,
-    tags,
-)
+from slices import chat, embeddings, generate, health, metrics, passthrough, plugins, tags
 
 logger = logging.getLogger("osp")
-
-COMMANDS = ("serve", "check", "new-agent")
-HELP = "serve (the default); check settings and agents; begin a new-agent NAME"
 
 
 def create_registry(config: Config, environ: Mapping[str, str]) -> PluginRegistry:
@@ -57,151 +66,144 @@ def create_registry(config: Config, environ: Mapping[str, str]) -> PluginRegistr
     return PluginRegistry(config.plugins, config.agents, config.server.data, environ)
 
 
-def create_app(config: Config, registry: PluginRegistry | None = None) -> ASGIApp:
+def create_app(
+    config: Config,
+    registry: PluginRegistry | None = None,
+    *,
+    loopback: bool = True,
+    write: log.Write = log.record,
+) -> ASGIApp:
     """Return the proxy as an ASGI application. Raises ConfigError.
 
-    Removing a slice is deleting its file and its lines here.
+    `loopback` says that only this machine can connect; `write` writes the line of each request.
+    To remove a slice, or the metrics, the presets or the access rules, delete their lines here.
     """
     client = OllamaClient(parse_upstream(config.upstream.url), config.upstream.connect_timeout)
-    collector = Metrics()
     registry = registry or create_registry(config, {})
-    presets = Presets(config.presets, config.server.max_body)
+    collector = Metrics()
+    presets = Presets(config.presets, config.server.data)
+    limit = config.server.max_body
+    guards = Guards(registry, limit, presets=presets)
 
     @asynccontextmanager
-    async def lifespan(app: object) -> AsyncIterator[dict[str, Any]]:
-        async with client, registry:
-            await announce(client, registry)
-            yield {"reload": registry.reload}  # what kernel/server.py does at SIGHUP
+    async def lifespan(app: object) -> AsyncIterator[None]:
+        async with client, registry, presets.kept(client):
+            await announce(client, registry, config.commands.prefix)
+            yield
 
+    chats = partial(chat.routes, metrics=collector, presets=presets, max_body=limit)
     own = [
         *health.routes(client, registry),
-        *plugins.routes(registry, collector),
+        *plugins.routes(registry, metrics=collector),
         *metrics.routes(collector),
     ]
     routes = [
-        *chat.routes(client, registry, collector, presets, config.chain, config.commands),
-        *generate.routes(client, registry, presets),
-        *embeddings.routes(client, presets),
-        *tags.routes(client, presets),
+        *chats(client, registry, config.chain, config.commands),
+        *generate.routes(client, guards),
+        *embeddings.routes(client, guards),
+        *tags.routes(client, guards),
         *own,
     ]
-    router = Paths(
-        routes,
-        default=passthrough.endpoint(client),
-        redirect_slashes=False,
-        lifespan=lifespan,
-    )
-    guard = Access(router, config.access, config.server.host, [route.path for route in own])
-    return AccessLog(guard, collector, [route.path for route in routes])
+    rest = passthrough.endpoint(client, guards)
+    app: ASGIApp = Paths(routes, default=rest, redirect_slashes=False, lifespan=lifespan)
+    app = Access(app, config.access, loopback, [route.path for route in own])
+    return log.AccessLog(app, [route.path for route in routes], write, metrics=collector)
 
 
-async def announce(client: OllamaClient, registry: PluginRegistry) -> None:
-    """Say at the start whether Ollama answers and which agents there are."""
-    fields = {"url": client.upstream.url}
+async def announce(client: OllamaClient, registry: PluginRegistry, prefix: str) -> None:
+    """Log whether Ollama answers, which agents are loaded, and what to type to see them."""
     try:
-        fields["version"] = await client.version()
-        logger.info("upstream answers", extra={"fields": fields})
+        say("upstream answers", url=client.upstream.url, version=await client.version())
     except UpstreamError as exc:
-        fields["error"] = str(exc)
-        logger.warning("upstream does not answer yet", extra={"fields": fields})
-    fields = {"agents": " ".join(loaded(registry.plugins)) or "none"}
-    logger.info("agents loaded", extra={"fields": fields})
+        say("upstream does not answer yet", url=client.upstream.url, error=str(exc))
+    say("agents loaded", agents=" ".join(loaded(registry.plugins)) or "none")
+    for name, plugin in registry.plugins.items():
+        progress = getattr(plugin.agent, "progress", "")
+        if type(progress) is str and progress:
+            say("agent", name=name, progress=progress)
+    if prefix:
+        say(f"ready: type {prefix}help in any chat")
 
 
-async def serve(
-    config: Config, environ: Mapping[str, str], listener: socket.socket, pace: float | None
-) -> None:
-    """Serve until a signal comes; with a `pace`, before a stand-in for Ollama that speaks at it."""
-    async with AsyncExitStack() as stack:
-        if pace is not None:
-            url = await stack.enter_async_context(demo.serve(demo.create_app(pace)))
-            config = replace(config, upstream=replace(config.upstream, url=url))
+def say(event: str, **fields: str) -> None:
+    level = logging.WARNING if "error" in fields else logging.INFO
+    logger.log(level, event, extra={"fields": fields})
+
+
+async def serve(config: Config, flags: Namespace, listener: socket, write: log.Write) -> None:
+    """Serve until a signal comes; with --demo, before a stand-in for Ollama."""
+    stand_in = None if flags.demo is None else demo.serve(demo.create_app(flags.demo))
+    async with stand_in or nullcontext(config.upstream.url) as url:
+        config = replace(config, upstream=replace(config.upstream, url=url))
+        registry, loopback = create_registry(config, os.environ), is_loopback(listener)
+        app = create_app(config, registry, loopback=loopback, write=write)
+        say("settings", file=str(settings_file(flags.config) or "none"))
+        say("listening", url=url_of(listener))
         grace = math.ceil(config.server.shutdown)
-        app = create_app(config, create_registry(config, environ))
-        proxy = Server(uvicorn.Config(app, timeout_graceful_shutdown=grace, **SETTINGS))
-        logger.info("listening", extra={"fields": {"url": url_of(listener)}})
-        await proxy.serve(sockets=[listener])
+        settings = uvicorn.Config(app, timeout_graceful_shutdown=grace, **SETTINGS)
+        await Server(settings).serve(sockets=[listener])
 
 
-def parse_flags(arguments: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        "osp.py", description="Slash-command agents in front of Ollama, for every client."
-    )
-    parser.add_argument("command", nargs="?", default="serve", help=HELP)
-    parser.add_argument("name", nargs="?", help="of the new agent")
-    parser.add_argument("--config", type=Path, help="a settings file (default: osp.toml beside it)")
-    parser.add_argument("--host", help="the address to listen on (default: 127.0.0.1)")
-    parser.add_argument("--port", type=int, help="the port to listen on (default: 11435)")
-    upstream = parser.add_mutually_exclusive_group()
-    upstream.add_argument("--upstream", metavar="URL", help="Ollama (default: 127.0.0.1:11434)")
-    upstream.add_argument(
-        "--demo",
-        metavar="SECONDS",
-        nargs="?",
-        type=float,
-        const=0.03,
-        help="use a built-in stand-in for Ollama, with so many seconds between two words",
-    )
-    flags, unknown = parser.parse_known_args(arguments)
-    if unknown:
-        parser.error(f"unrecognized arguments: {' '.join(unknown)}")
-    if flags.command not in COMMANDS:
-        parser.error(f"{flags.command!r} is no command; known are {', '.join(COMMANDS)}")
-    if (flags.command == "new-agent") != (flags.name is not None):
-        parser.error("new-agent needs a NAME, and nothing else takes one")
-    return flags
+def parse_flags() -> Namespace:
+    parser = ArgumentParser(description="Agents for Ollama. For their authors: testkit.py --help")
+    add, either = parser.add_argument, parser.add_mutually_exclusive_group().add_argument
+    add("--config", type=Path, help="a settings file (default: osp.toml beside osp.py)")
+    add("--host", help="the address to listen on (default: 127.0.0.1)")
+    add("--port", help="the port to listen on (default: 11435)")
+    add("--reload", action="store_true", help="start again whenever an agent or a setting changes")
+    either("--upstream", metavar="URL", help="Ollama (default: 127.0.0.1:11434)")
+    demo_help = "use a built-in stand-in for Ollama, with so many seconds between two words"
+    either("--demo", metavar="SECONDS", nargs="?", type=float, const=0.03, help=demo_help)
+    return parser.parse_args()
 
 
-def read_config(flags: argparse.Namespace, environ: Mapping[str, str]) -> Config:
-    """Return the settings of file, environment and flags. Raises ConfigError."""
+def settings_file(config: Path | None) -> Path | None:
+    return config or next(HOME.glob("osp.toml"), None)
+
+
+def run(sockets: list[socket] | None) -> None:
+    """Listen and serve; with --reload, another process serves. Raises ConfigError."""
+    flags = parse_flags()
     if flags.demo is not None and not 0 <= flags.demo < 1e6:
         raise ConfigError(f"--demo: {flags.demo} is no time between two words, in seconds")
-    beside = HOME / "osp.toml"
-    file = flags.config or (beside if beside.exists() else None)
-    given = {
-        "server": {"host": flags.host, "port": flags.port},
-        "upstream": {"url": flags.upstream},
-    }
-    said = {name: {k: v for k, v in keys.items() if v is not None} for name, keys in given.items()}
-    return load(file, environ, said)
+    given = {"--host": flags.host, "--port": flags.port, "--upstream": flags.upstream}
+    overrides = {name: text for name, text in given.items() if text is not None}
+    config = load(settings_file(flags.config), os.environ, overrides)
+    write = log.configure(config.log.level, config.log.format)
+    listener = sockets[0] if sockets else listen(config.server.host, config.server.port)
+    if flags.reload and not sockets:
+        ours = [HOME / "osp.py", HOME / "demo.py", HOME / "kernel", HOME / "slices"]
+        watched = [*ours, settings_file(flags.config) or HOME / "osp.toml", *config.plugins.dirs]
+        return Reloader(main, listener, watched).run()
+    if sockets and hasattr(signal, "pthread_sigmask"):
+        # A terminal sends Ctrl-C to both processes; the supervisor then sends SIGTERM to this one.
+        signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
+    if flags.demo is None:
+        check_loop(listener, parse_upstream(config.upstream.url))
+    loop_factory = uvicorn.Config(create_app, log_config=None).get_loop_factory()
+    # Not closed: Runner.close() would wait for agent tasks that ignore their cancellation.
+    asyncio.Runner(loop_factory=loop_factory).run(serve(config, flags, listener, write))
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """Run the command line and return the exit status.
+def main(sockets: list[socket] | None = None) -> NoReturn:
+    """Run the command line; exit with 0 after a clean stop, with 2 for bad settings.
 
-    0 after a clean stop, 2 for bad settings; 1 where `check` found something wrong.
+    `sockets` are those of the supervisor, in the process that it started.
     """
-    flags = parse_flags(arguments)
-    environ = dict(os.environ)
+    sys.dont_write_bytecode = True  # plugins stay free of __pycache__
     try:
-        config = read_config(flags, environ)
-        if flags.command != "serve":
-            return author(flags, config, environ)
-        log.configure(config.log.level, config.log.format)
-        with listen(config.server.host, config.server.port) as listener:
-            if flags.demo is None:
-                check_loop(listener, parse_upstream(config.upstream.url))
-            loop_factory = uvicorn.Config(create_app, log_config=None).get_loop_factory()
-            # Not closed: what an agent left running and swallows its cancellation would hold it.
-            asyncio.Runner(loop_factory=loop_factory).run(
-                serve(config, environ, listener, flags.demo)
-            )
+        run(sockets)
     except ConfigError as exc:
         sys.stderr.write(f"osp.py: {exc}\n")
-        return 1 if flags.command == "check" else 2
-    return 0
+        leave(2)
+    leave(0)
 
 
-def author(flags: argparse.Namespace, config: Config, environ: Mapping[str, str]) -> int:
-    """Run a command for those who write agents, and return the exit status."""
-    import testkit  # imports this file, and nobody else needs it
-
-    if flags.command == "check":
-        return asyncio.run(testkit.check(config, environ))
-    return testkit.new_agent(flags.name, config)
+def leave(status: int) -> NoReturn:
+    """End the process, also while threads run that agents left behind."""
+    logging.shutdown()
+    os._exit(status)
 
 
 if __name__ == "__main__":
-    status = main()
-    logging.shutdown()
-    os._exit(status)  # sys.exit would wait for the threads that agents left behind
+    main()

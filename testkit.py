@@ -3,58 +3,81 @@
     answer = ask(Path(__file__).parent, "/shout hello", model="hi")
     assert answer.text == "HI"
 
-`ask` runs an agent as the proxy does, and in every way in which a client can ask for it: in both
-dialects, streamed (cut into single characters) and not. `check` looks over a whole configuration,
-and `new_agent` begins an agent; `python osp.py` has them as commands. There is no model here: what
-it says is yours to script.
+`ask` runs an agent as the proxy does, in all eight ways in which a client can ask for it: in four
+dialects, streamed (cut into single characters) and whole. There is no model here: you script what
+it says. `python testkit.py check` tries all agents of a configuration, `python testkit.py new NAME`
+writes a new one.
 """
 
 from __future__ import annotations
 
+import argparse
 import asyncio
-import json
 import logging
 import os
 import re
+import shutil
 import sys
 import tempfile
-from collections.abc import AsyncIterator, Callable, Iterator, Mapping
-from contextlib import asynccontextmanager, contextmanager
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
+from contextlib import asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass, field, replace
+from difflib import get_close_matches
+from functools import partial
+from logging.handlers import BufferingHandler
 from pathlib import Path
 from typing import Any
 
+import osp  # the first: it says what to type where the packages are not installed
+
+# isort: split
+
 from starlette.applications import Starlette
 from starlette.requests import Request
-from starlette.responses import JSONResponse, Response, StreamingResponse
+from starlette.responses import Response
 from starlette.routing import Route
 
 import demo
-import osp
+from kernel.address import parse_upstream
+from kernel.agent import BaseAgent
 from kernel.client import OllamaClient
-from kernel.config import AccessConfig, Config, PluginsConfig, UpstreamConfig, parse_upstream
-from kernel.dialects import OLLAMA, OPENAI, Dialect, FrameSplitter, dumps
-from kernel.errors import ConfigError, PluginLoadError
-from kernel.plugin import NAME, RESERVED, Plugin, scan
-from kernel.registry import PluginRegistry
+from kernel.config import HOME, AccessConfig, Config, PluginsConfig, UpstreamConfig, load
+from kernel.dialects import Dialect, dumps
+from kernel.dialects.every import DIALECTS
+from kernel.errors import ConfigError
+from kernel.plugin import NAME, RESERVED, Plugin, classes, scan
+from kernel.registry import HOOKS, PluginRegistry
 from kernel.server import SETTINGS
 
 Messages = list[dict[str, Any]]
-Model = str | Callable[[Messages], str]  # what it says, whatever it is asked or depending on that
+Model = str | Callable[[Messages], str]  # what it says: always the same, or depending on the chat
+Chat = dict[str, Any]  # the body of a request
+Pairs = Mapping[str, str]
 
-WAYS = [(dialect, stream) for dialect in (OLLAMA, OPENAI) for stream in (False, True)]
-KNOWN = ("request_id", "agent", "seconds")  # to whoever reads what `check` says, or no matter
-PATHS = {OLLAMA: "/api/chat", OPENAI: "/v1/chat/completions"}
+SAMPLE = HOME / "examples" / "sample_agent"  # what a new agent begins as
+MARK = "x-testkit"  # the header in which each request has its number
+UNSHOWN = ("request_id", "agent", "seconds")  # log fields that `check` does not print
+FORBIDDEN = re.compile(
+    r"\s*(from|import)\s+(?!kernel\.agent\b|kernel import agent$)"
+    r"(osp|demo|testkit|kernel|slices|plugins|tests)\b"
+)
+ONLY_AGENT = "of this project an agent imports only kernel.agent"
+SWALLOWED = "the answer is empty; does on_end return what on_chunk held back?"
+SAYS = "*That* is `all` I know, 1 < 2.\n\nAnything else?"  # the model, while agents are checked
+# How the other dialects say what Ollama's `format` says
+OBJECT = {"type": "json_object"}
+STRUCTURED = {"response_format": OBJECT, "output_format": OBJECT, "text": {"format": OBJECT}}
 
 
 @dataclass(frozen=True, slots=True)
 class Answered:
-    """What came of a prompt: the same in every way of asking."""
+    """What became of a prompt: the text and status are the same in every way of asking."""
 
     text: str  # of the answer, or of the error
     status: int
     agents: str  # as X-OSP-Agents says it, without the times: "shout;ok"
-    sent: Messages = field(default_factory=list)  # to the model; empty if it was not asked
+    sent: Messages = field(default_factory=list)  # what the model was asked; []: it was not asked
+    payload: dict[str, Any] = field(default_factory=dict)  # the whole body of that request
 
 
 def ask(
@@ -63,288 +86,297 @@ def ask(
     *,
     model: Model = "An answer.",
     settings: Mapping[str, Any] | None = None,
-    **fields: Any,
+    fields: Mapping[str, Any] | None = None,
+    headers: Mapping[str, str] | None = None,
+    user: str = "",
+    data_dir: Path | None = None,
 ) -> Answered:
     """Return what the agent in `folder` makes of a prompt, or of a whole conversation.
 
-    `model` is what the model says, `settings` go over those of config.json, `fields` into the
-    request. Raises AssertionError where the agent fails, or the ways of asking do not agree.
+    `model` is what the model says, `settings` override those of config.json, `fields` go into the
+    request's body and `headers` beside it. Each `user` has a `context.user` of its own. `data_dir`
+    is the agent's, and stays; without it, the agent has an empty folder that is removed at the end.
+    The result is that of Ollama's own dialect, not streamed.
+
+    Raises AssertionError if the agent fails, or if the ways of asking do not agree.
     """
     folder = folder.resolve()
-    plugins = PluginsConfig(dirs=(folder.parent,))
-    (name,) = (p.name for p in scan(plugins, {}, {}).values() if p.folder == folder)
-    agents = {folder.name.removesuffix("_agent").lower(): {"settings": settings or {}}}
-    config = Config(plugins=replace(plugins, only=(name,)), agents=agents)
+    name = folder.name.removesuffix("_agent").lower()
+    config = Config(
+        plugins=PluginsConfig(dirs=(folder.parent,), only=(name,)),
+        agents={name: {"enabled": True, "settings": settings or {}}},
+        access=AccessConfig(keys=(user,) if user else ()),
+    )
     messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
-    return asyncio.run(asked_in_all_ways(config, messages, Script(model), fields))
+    request = {"messages": messages, **(fields or {})}
+    keys = {"x-api-key": user} if user else {}
+    with tempfile.TemporaryDirectory() as data:
+        if data_dir:
+            data_dir.mkdir(parents=True, exist_ok=True)
+            os.symlink(data_dir.resolve(), Path(data, name))
+        return asyncio.run(asked(config, model, Path(data), request, {**keys, **(headers or {})}))
 
 
-async def asked_in_all_ways(
-    config: Config, messages: Messages, script: Script, fields: Mapping[str, Any]
+async def asked(
+    config: Config, model: Model, data: Path, request: Chat, headers: Pairs
 ) -> Answered:
-    with complaints() as problems:
-        async with proxied(config, script) as (client, _):
-            answers = [await one(client, script, messages, way, fields) for way in WAYS]
-    assert not problems, "\n".join(problems)
-    texts = [answer.text for answer in answers]
-    assert len(set(texts)) == 1, f"the answer depends on the way of asking: {texts}"
-    return answers[-1]
-
-
-async def one(
-    client: OllamaClient,
-    script: Script,
-    messages: Messages,
-    way: tuple[Dialect, bool],
-    fields: Mapping[str, Any],
-    agents: str = "",
-) -> Answered:
-    """Ask once, in one way; `agents` is what the header X-OSP-Agents says."""
-    dialect, stream = way
-    body = {"model": "scripted", "messages": messages, "stream": stream, **fields}
-    headers = [(b"content-type", b"application/json"), (b"x-osp-agents", agents.encode())]
-    script.sent = []
-    answer = await client.forward("POST", PATHS[dialect].encode(), headers, dumps(body))
-    data = b"".join([chunk async for chunk in answer])
-    frames = [*(splitter := FrameSplitter(dialect.end)).feed(data), splitter.rest()]
-    chunks = [chunk for chunk in map(dialect.parse, frames) if chunk]
-    text = "".join(map(dialect.text, chunks))
-    if answer.status != 200:
-        error = json.loads(data)["error"]
-        text = error if isinstance(error, str) else error["message"]
-    summary = answer.header(b"x-osp-agents").decode()
-    outcomes = ", ".join(part.rpartition(";")[0] for part in summary.split(", "))
-    return Answered(text, answer.status, outcomes, script.sent)
-
-
-class Script:
-    """A stand-in for Ollama whose model says what it is told to, one character in a frame."""
-
-    def __init__(self, model: Model) -> None:
-        self.model = model
-        self.sent: Messages = []  # with the last chat, but for what agents asked on their own
-        self.app = Starlette(
-            routes=[
-                Route("/api/version", self.version),
-                Route("/api/embed", self.embed, methods=["POST"]),
-                *(Route(path, self.chat, methods=["POST"]) for path in PATHS.values()),
-            ]
-        )
-
-    async def version(self, request: Request) -> Response:
-        return JSONResponse({"version": demo.VERSION})
-
-    async def embed(self, request: Request) -> Response:
-        texts = (await request.json())["input"]
-        texts = [texts] if isinstance(texts, str) else texts
-        return JSONResponse({"embeddings": [demo.vector(text) for text in texts]})
-
-    async def chat(self, request: Request) -> Response:
-        asked = await request.json()
-        dialect = OLLAMA if request.url.path == PATHS[OLLAMA] else OPENAI
-        text = self.model if isinstance(self.model, str) else self.model(asked["messages"])
-        if "think" not in asked:  # which `context.chat` always says
-            self.sent = asked["messages"]
-        if not dialect.wants_stream(asked):
-            kind, frames = dialect.answer(asked, text)
-            return Response(frames[0], media_type=kind.decode())
-        kind, frames = dialect.answer(asked, "word")  # one frame, whose text is then replaced
-        first = dialect.parse(frames[0]) or {}
-        pieces = (dialect.encode(dialect.with_text(first, sign)) for sign in text)
-        return StreamingResponse(flowing([*pieces, *frames[1:]]), media_type=kind.decode())
-
-
-async def flowing(frames: list[bytes]) -> AsyncIterator[bytes]:
-    for frame in frames:
-        yield frame
-        await asyncio.sleep(0)  # others have their turn in between
+    with complaints() as records:
+        async with trial(config, model, data) as trying:
+            answers, problem = await trying.compared(request, headers)
+    assert not records, "\n".join(described(records))
+    assert not problem, problem
+    return answers[0]
 
 
 @asynccontextmanager
-async def proxied(
-    config: Config, script: Script, environ: Mapping[str, str] | None = None
-) -> AsyncIterator[tuple[OllamaClient, PluginRegistry]]:
-    """Run the proxy before a script, with a data folder of its own; yield a client of it."""
-    with tempfile.TemporaryDirectory() as data:
-        async with demo.serve(script.app) as upstream:
-            server = replace(config.server, data=Path(data), host="127.0.0.1")
-            config = replace(
-                config,
-                server=server,
-                upstream=UpstreamConfig(url=upstream),
-                access=AccessConfig(),
-            )
-            registry = osp.create_registry(config, environ or {})
-            app = osp.create_app(config, registry)
-            async with demo.serve(app, **SETTINGS) as url:
-                async with OllamaClient(parse_upstream(url), 5.0) as client:
-                    yield client, registry
+async def trial(
+    config: Config, model: Model, data: Path, environ: Pairs | None = None
+) -> AsyncIterator[Trial]:
+    """Run the proxy before a scripted model. Raises ConfigError."""
+    script = Script(model)
+    async with demo.serve(script.app) as upstream:
+        server = replace(config.server, data=data, host="127.0.0.1")
+        config = replace(config, server=server, upstream=UpstreamConfig(url=upstream))
+        registry = osp.create_registry(config, environ or {})
+        async with demo.serve(osp.create_app(config, registry), **SETTINGS) as url:
+            async with OllamaClient(parse_upstream(url), 5.0) as client:
+                yield Trial(client, registry, script)
 
 
-class Complaints(logging.Handler):
-    """Collects what the proxy says of agents."""
+@dataclass(frozen=True, slots=True)
+class Trial:
+    """A running proxy, and the ways of asking it. `request` is a chat in Ollama's dialect."""
 
-    def __init__(self) -> None:
-        super().__init__(logging.WARNING)
-        self.problems: list[str] = []
+    client: OllamaClient
+    registry: PluginRegistry
+    script: Script
 
-    def emit(self, record: logging.LogRecord) -> None:
-        fields = {k: v for k, v in getattr(record, "fields", {}).items() if k not in KNOWN}
-        said = ", ".join(f"{key}: {value}" for key, value in fields.items())
-        problem = f"{record.getMessage()} ({said})"
-        if problem not in self.problems:
-            self.problems.append(problem)
+    async def compared(self, request: Chat, headers: Pairs) -> tuple[list[Answered], str]:
+        """Ask in all ways; return the answers, and how they differ ("": they do not).
+
+        An answer that changes when it is asked for again depends on what `setup` made: that is
+        right.
+        """
+        answers = await self.in_all_ways(request, headers)
+        texts = {way: answer.text for way, answer in answers.items()}
+        problem = ""
+        if len({*texts.values()}) > 1:
+            again = await self.in_all_ways(request, headers)
+            stable = {way: text for way, text in texts.items() if text == again[way].text}
+            if len({*stable.values()}) > 1:
+                problem = f"the answer depends on the way of asking: {stable}"
+        return [*answers.values()], problem
+
+    async def in_all_ways(self, request: Chat, headers: Pairs) -> dict[str, Answered]:
+        """Ask in each dialect that can say the request, streamed and not."""
+        answers = {}
+        for dialect in DIALECTS:
+            for stream in (False, True):
+                with suppress(ValueError):  # a content in parts is not for Ollama's own dialect
+                    body = body_of(dialect, request | {"stream": stream})
+                    way = f"{dialect.name} {'in single characters' if stream else 'whole'}"
+                    answers[way] = await self.one(dialect, body, headers)
+        assert answers, f"no dialect can say this: {request}"
+        return answers
+
+    async def one(self, dialect: Dialect, body: bytes, headers: Pairs) -> Answered:
+        number = str(len(self.script.payloads))
+        self.script.payloads[number] = {}
+        headers = {"content-type": "application/json", **headers, MARK: number}
+        pairs = [(name.lower().encode(), value.encode()) for name, value in headers.items()]
+        answer = await self.client.forward("POST", dialect.path.encode(), pairs, body)
+        text = text_of(dialect, b"".join([chunk async for chunk in answer]))
+        summary = answer.header(b"x-osp-agents").decode()
+        outcomes = ", ".join(part.rpartition(";")[0] for part in summary.split(", "))
+        payload = self.script.payloads[number]
+        sent = dialect.read(payload)["messages"] if payload else []
+        return Answered(text, answer.status, outcomes, sent, payload)
+
+
+def body_of(dialect: Dialect, request: Chat) -> bytes:
+    """Return a chat in a dialect. Raises ValueError for what the dialect cannot say."""
+    payload = {"model": "scripted", **request}
+    if payload.get("format") and not dialect.is_structured(payload):
+        payload |= STRUCTURED
+    return dumps(dialect.write(payload, {"messages": [], "input": []}))
+
+
+def text_of(dialect: Dialect, data: bytes) -> str:
+    """Return the text of an answer, or of the error in it."""
+    chunks = [chunk for chunk in map(dialect.parse, dialect.end.split(data)) if chunk]
+    for error in (chunk["error"] for chunk in chunks if dialect.is_error(chunk)):
+        return str(error if isinstance(error, str) else error["message"])
+    return "".join(holder[key] for chunk in chunks for holder, key in dialect.places(chunk))
+
+
+def answer_of(dialect: Dialect, payload: Chat, text: str) -> Response:
+    """Return an answer that says `text`; in a stream each character has a frame of its own."""
+    head = dialect.head(payload)
+    if not dialect.wants_stream(payload):
+        data = dialect.encode_whole(dialect.whole(head, text))
+        return Response(data, media_type=dialect.whole_type.decode())
+    at = [bool(dialect.places(chunk)) for chunk in dialect.speech(head, "word")].index(True)
+    chunks = dialect.speech(head, text)
+    chunks[at : at + 1] = [dialect.piece(chunks[at], sign) for sign in text]
+    frames = [dialect.encode(dialect.numbered(chunk, n)) for n, chunk in enumerate(chunks)]
+    return Response(b"".join([*frames, dialect.done()]), media_type=dialect.stream_type.decode())
+
+
+class Script:
+    """A stand-in for Ollama whose model says what it is told to say."""
+
+    def __init__(self, model: Model) -> None:
+        self.model = model
+        self.payloads: dict[str, Chat] = {}  # by their mark; what agents ask themselves has none
+        chats = [Route(d.path, partial(self.chat, d), methods=["POST"]) for d in DIALECTS]
+        self.app = Starlette(routes=[Route("/api/embed", self.embed, methods=["POST"]), *chats])
+
+    async def embed(self, request: Request) -> Response:
+        texts = (await request.json())["input"]  # the proxy sends a list
+        return Response(dumps({"embeddings": [demo.vector(text) for text in texts]}))
+
+    async def chat(self, dialect: Dialect, request: Request) -> Response:
+        payload = await request.json()
+        if MARK in request.headers:
+            self.payloads[request.headers[MARK]] = payload
+        messages = dialect.read(payload)["messages"]
+        text = self.model if isinstance(self.model, str) else self.model(messages)
+        return answer_of(dialect, payload, text)
 
 
 @contextmanager
-def complaints() -> Iterator[list[str]]:
-    """Collect, inside the block, what the log says of agents that failed."""
-    handler = Complaints()
-    loggers = [logging.getLogger(name) for name in ("kernel", "slices")]
-    for logger in loggers:
-        logger.addHandler(handler)
+def complaints() -> Iterator[list[logging.LogRecord]]:
+    """Collect what is logged as a warning inside the block."""
+    handler = BufferingHandler(sys.maxsize)
+    handler.setLevel(logging.WARNING)
+    handler.addFilter(lambda record: record.name.startswith(("kernel.", "slices.")))
+    logging.root.addHandler(handler)
     try:
-        yield handler.problems
+        yield handler.buffer
     finally:
-        for logger in loggers:
-            logger.removeHandler(handler)
+        logging.root.removeHandler(handler)
 
 
-async def check(config: Config, environ: Mapping[str, str]) -> int:
+def described(records: Sequence[logging.LogRecord]) -> list[str]:
+    """Return each different complaint once."""
+    found = []
+    for record in records:
+        fields = {k: v for k, v in vars(record).get("fields", {}).items() if k not in UNSHOWN}
+        details = ", ".join(f"{key}: {value}" for key, value in fields.items())
+        found.append(f"{record.getMessage()} ({details})")
+    return [*dict.fromkeys(found)]
+
+
+# python testkit.py check
+
+
+async def check(config: Config, environ: Pairs, data: Path | None, prompt: str | None) -> int:
     """Load every plugin, try each alone, and say what is wrong and how to mend it.
 
-    Return the exit status: 1 if anything failed, 0 also with warnings. Raises ConfigError.
+    Agents work on a copy of the folder `data`, and are asked `prompt`. Return the exit status: 1 if
+    anything failed, 0 also with warnings. Raises ConfigError.
     """
     status = 0
     for name, plugin in scan(config.plugins, config.agents, environ).items():
-        failures, warnings = await tried(name, plugin, config, environ)
-        verdict = "FAILED" if failures else "warning" if warnings else plugin_verdict(plugin)
-        sys.stdout.write(f"{verdict:9}{name}\n")
-        for problem in failures + warnings:
-            sys.stdout.write(f"         {problem}\n")
+        only = replace(config.plugins, only=(name,))
+        alone = replace(config, plugins=only, access=AccessConfig(), presets={})
+        with tempfile.TemporaryDirectory() as copy:
+            if data and (data / name).is_dir():
+                shutil.copytree(data / name, Path(copy, name))
+            failures, warnings = await tried(plugin, alone, environ, Path(copy), prompt)
+        good = "ok" if plugin.config.enabled else "disabled"
+        verdict = "FAILED" if failures else "warning" if warnings else good
+        lines = [f"{verdict:9}{name}", *(f"         {each}" for each in failures + warnings)]
+        sys.stdout.write("\n".join(lines) + "\n")
         status = status or int(bool(failures))
     return status
 
 
-def plugin_verdict(plugin: Plugin) -> str:
-    return "ok" if plugin.config.enabled else "disabled"
-
-
 async def tried(
-    name: str, plugin: Plugin, config: Config, environ: Mapping[str, str]
+    plugin: Plugin, alone: Config, environ: Pairs, data: Path, prompt: str | None
 ) -> tuple[list[str], list[str]]:
-    """Return what is wrong with an agent, and what may be."""
-    if plugin.error:
-        return [told(plugin.error)], []
-    if not plugin.config.enabled:
-        return [], []
-    alone = replace(config, plugins=replace(config.plugins, only=(name,)))
-    with complaints() as problems:
-        script = Script(echo)
-        async with proxied(alone, script, environ) as (client, registry):
-            agent, error = registry.plugins[name].agent, registry.plugins[name].error
-            if error or agent is None:
-                return [told(error)], []
-            before = shared_state(agent)
-            found, doubts = await asked_about(client, script, f"/{name}")
-            after = shared_state(agent)
-    for key in sorted(key for key in before | after if before.get(key) != after.get(key)):
-        doubts.append(f"{key} changed while requests ran, and all share it: make it in on_request")
-    found += [problem for problem in problems if problem.startswith("agent failed")]
-    return found, doubts + [problem for problem in problems if problem not in found]
+    """Return what is wrong with an agent, and what may be wrong."""
+    failures, warnings = list[str](), list[str]()
+    request: Chat = {"messages": [{"role": "user", "content": prompt or "what is one?"}]}
+    with complaints() as records:
+        if plugin.config.enabled and not plugin.error:
+            async with trial(alone, SAYS, data, environ) as trying:
+                plugin = trying.registry.plugins[plugin.name]
+                if plugin.agent:
+                    failures, warnings = forbidden_imports(plugin.folder), doubtful_hooks(plugin)
+                    header = {"x-osp-agents": f"/{plugin.name}"}
+                    answers, problem = await trying.compared(request, header)
+                    empty = plugin.responds and any(a.payload and not a.text for a in answers)
+                    failures += [problem] * bool(problem) + [SWALLOWED] * empty
+    if error := plugin.error:
+        return [f"{error.kind}: {error} ({error.where})"], []
+    for problem in described(records):
+        (failures if problem.startswith("agent failed") else warnings).append(problem)
+    return failures, warnings
 
 
-def told(error: PluginLoadError | None) -> str:
-    return f"{error.kind}: {error} ({error.where})" if error else "it did not load"
+def forbidden_imports(folder: Path) -> list[str]:
+    """Return the lines by which an agent would depend on more than its contract."""
+    found = []
+    for file in sorted(folder.rglob("*.py")):
+        if not file.name.startswith("test_") and file.parent.name != "bench":
+            lines = enumerate(file.read_text(encoding="utf-8").splitlines(), 1)
+            wrong = [(number, line.strip()) for number, line in lines if FORBIDDEN.match(line)]
+            found += [f"{file}:{number}: {line}: {ONLY_AGENT}" for number, line in wrong]
+    return found
 
 
-async def asked_about(
-    client: OllamaClient, script: Script, agents: str
-) -> tuple[list[str], list[str]]:
-    """Ask two things, one after the other and at once, in all ways; return what did not agree."""
-    prompts = [[{"role": "user", "content": text}] for text in ("what is one?", "what is two?")]
-
-    async def asked(prompt: Messages, way: tuple[Dialect, bool]) -> str:
-        return (await one(client, script, prompt, way, {}, agents)).text
-
-    apart = [[await asked(prompt, way) for way in WAYS] for prompt in prompts]
-    jobs = [asyncio.gather(*(asked(prompt, way) for way in WAYS)) for prompt in prompts]
-    together = [list(texts) for texts in await asyncio.gather(*jobs)]
-    failures, doubts = [], []
-    if any(len(set(texts)) > 1 for texts in apart):
-        failures.append(f"the answer depends on how it was cut, or on the dialect: {apart}")
-    if together != apart:
-        doubts.append("two requests at once got other answers than one after the other")
-    return failures, doubts
+def doubtful_hooks(plugin: Plugin) -> list[str]:
+    """Return the methods that are nearly hooks, or that there are no hooks."""
+    assert plugin.agent
+    hooks = [*HOOKS, "setup", "teardown"]
+    names = {name: None for kind in classes(plugin.agent) for name in vars(kind)}
+    own = [name for name in names if name[0] != "_" and not hasattr(BaseAgent, name)]
+    near = [n for n in own if n.startswith("on_") or get_close_matches(n.lower(), hooks, 1, 0.8)]
+    found = [f"{name} is no hook; hooks are {', '.join(hooks)}" for name in near]
+    return found + ["it has no hook: it changes nothing"] * (not plugin.hooks)
 
 
-def echo(messages: Messages) -> str:
-    said = messages[-1].get("content")
-    return f"You said: {said}.\n\n*That* is `all` I know, 1 < 2."
-
-
-def shared_state(agent: object) -> dict[str, str]:
-    """Return what all requests share of an agent, as text."""
-    on_class = {f"{type(agent).__name__}.{k}": v for k, v in vars(type(agent)).items()}
-    on_self = {f"self.{k}": v for k, v in vars(agent).items() if k != "progress"}
-    return {key: repr(value) for key, value in (on_class | on_self).items()}
-
-
-AGENT = '''\
-"""{title}: tells the model how to answer, and signs the answer."""
-
-from kernel.agent import BaseAgent, Payload, add_system
-
-
-class {title}(BaseAgent):
-    """Asks for a short answer, and signs it."""
-
-    async def on_request(self, payload: Payload) -> Payload:
-        return add_system(payload, self.settings["rule"])
-
-    async def on_response(self, response: str) -> str:
-        return f"{{response}} ({{self.arguments['sign']}})"
-'''
-SETTINGS_OF_ONE = """\
-{{
-  "description": "Asks for a short answer, and signs it.",
-  "settings": {{"rule": "Answer in one sentence."}},
-  "arguments": {{"sign": "{name}"}}
-}}
-"""
-TEST = '''\
-"""Run it with: python -m pytest {folder}"""
-
-from pathlib import Path
-
-from testkit import ask
-
-
-def test_it_asks_for_a_short_answer_and_signs_it() -> None:
-    answer = ask(Path(__file__).parent, "/{name}:sign=me what is a proxy?", model="A go-between.")
-
-    assert answer.text == "A go-between. (me)"
-    assert answer.sent[0] == {{"role": "system", "content": "Answer in one sentence."}}
-'''
+# python testkit.py new NAME
 
 
 def new_agent(name: str, config: Config) -> int:
-    """Write an agent that works, its config.json and its test; return the exit status.
+    """Copy the sample agent under a new name; return the exit status.
 
     Raises ConfigError for a name that cannot be one, or is taken: nothing is overwritten.
     """
-    plugins = scan(config.plugins, {}, {})
     folder = config.plugins.dirs[0] / f"{name}_agent"
     if not NAME.fullmatch(name) or name in RESERVED:
         raise ConfigError(f"{name!r} cannot be a command: small letters, digits, _ and - can")
-    if name in plugins or folder.exists():
+    if name in scan(config.plugins, {}, {}) or folder.exists():
         raise ConfigError(f"/{name} is there already: {folder}")
     folder.mkdir(parents=True)
-    title = "".join(part.capitalize() for part in re.split("[-_]", name))
-    title = title if title[0].isalpha() else f"Agent{title}"
-    files = {"agent.py": AGENT, "config.json": SETTINGS_OF_ONE, "test_agent.py": TEST}
-    for file, text in files.items():
-        said = text.format(name=name, title=title, folder=os.path.relpath(folder))
-        (folder / file).write_text(said, encoding="utf-8")
+    title = "My" + "".join(part.capitalize() for part in re.split("[-_]", name))
+    for file in SAMPLE.glob("*.*"):
+        text = file.read_text(encoding="utf-8").replace("Sample", title).replace("sample", name)
+        (folder / file.name).write_text(text, encoding="utf-8")
     sys.stdout.write(f"{os.path.relpath(folder)} is there; try it: /{name} hello\n")
     return 0
+
+
+def main() -> int:
+    """Run the command line and return the exit status; 1: an agent failed, 2: bad settings."""
+    parser = argparse.ArgumentParser("testkit.py", description="For authors of agents.")
+    parser.add_argument("command", choices=("check", "new"), help="try all agents, or begin one")
+    parser.add_argument("text", nargs="?", help="check: a prompt to try; new: the command's name")
+    parser.add_argument("--config", type=Path, help="a settings file (default: osp.toml)")
+    parser.add_argument("--data", type=Path, help="check: agents get copies of the folders in it")
+    flags = parser.parse_args()
+    sys.dont_write_bytecode = True
+    try:
+        config = load(osp.settings_file(flags.config), os.environ, {})
+        if flags.command == "check":
+            return asyncio.run(check(config, os.environ, flags.data, flags.text))
+        return new_agent(flags.text or "", config)
+    except ConfigError as exc:
+        sys.stderr.write(f"testkit.py: {exc}\n")
+        return 2
+
+
+if __name__ == "__main__":
+    osp.leave(main())

@@ -18,8 +18,9 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from kernel import relay
+from kernel.address import parse_upstream
 from kernel.client import OllamaClient
-from kernel.config import parse_upstream
+from kernel.log import RequestInfo
 from kernel.server import SETTINGS, Server, listen
 
 
@@ -32,7 +33,9 @@ def create_app(piece: str, upstream: str) -> ASGIApp:
         await send({"type": "http.response.body", "body": b"{}"})
 
     async def forward(scope: Scope, receive: Receive, send: Send) -> None:
-        await relay.forward(client, scope, relay.Upload(scope, receive), receive, send)
+        known = scope["osp"] = RequestInfo("bench")
+        known.read(scope["headers"])
+        await relay.forward(client, scope, receive, send)
 
     return {"answer": answer, "relay": forward}[piece]
 

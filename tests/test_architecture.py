@@ -31,17 +31,19 @@ LOADERS = ("import_module", "__import__")
 ENVIRONMENT = ("environ", "environb", "getenv", "getenvb")
 
 ADVICE = {
-    "plugins": "a plugin imports only kernel.agent of ours, and its own files with a dot before"
-    " them; what it lacks belongs into the contract, kernel/agent.py",
-    "slices": "a slice imports only kernel and its own folder; write the few lines again, and at"
-    " the third use move them to kernel/",
+    "plugins": "of this project a plugin imports only kernel.agent, and its own files with a dot"
+    " before them; what it lacks belongs into the contract, kernel/agent.py",
+    "slices": "a slice imports only kernel; write the few lines again, and at the third use move"
+    " them to kernel/",
     "kernel": "the kernel imports only the kernel; let osp.py hand over what is needed, as an"
     " argument",
-    "demo": "demo.py imports nothing of ours: it stands for a server that knows nothing of us",
-    "osp": "osp.py is what tests are about, and does not need them",
+    "demo": "demo.py imports nothing of this project: it stands for a server that knows nothing of"
+    " it",
+    "osp": "osp.py serves; what authors and tests need knows osp.py, and never the other way round",
+    "testkit": "testkit.py is for authors of agents, who have no tests/ and no bench/",
 }
-NO_HTTPX = "httpx is for the tests: ask OllamaClient, or an agent's context, instead"
-ONLY_OSP = "the environment is read in osp.py: take a value as an argument, or a setting '$NAME'"
+NO_HTTPX = "httpx is for agents and tests: ask OllamaClient instead"
+ONLY_OSP = "only osp.py and testkit.py read the environment: take a value as an argument"
 
 
 @dataclass(frozen=True)
@@ -66,7 +68,7 @@ def complaints(tree: Path) -> list[str]:
                 found.append(f"{where}: {why}")
             if module.startswith("kernel.") and item.target.startswith("kernel."):
                 graph[module].add(item.target)
-        if module != "osp":
+        if module not in ("osp", "testkit"):
             place = file.relative_to(tree)
             found += [f"{place}:{line}: {ONLY_OSP}" for line in environment_reads(parsed)]
     try:
@@ -79,7 +81,7 @@ def complaints(tree: Path) -> list[str]:
 
 def modules(tree: Path) -> Iterator[tuple[str, Path]]:
     """Yield name and file of everything that runs in the proxy, so no plugin's tests and bench."""
-    files = [tree / "osp.py", tree / "demo.py"]
+    files = [tree / "osp.py", tree / "demo.py", tree / "testkit.py"]
     for folder in ("kernel", "slices", "plugins"):
         files += sorted((tree / folder).rglob("*.py"))
     for file in filter(Path.exists, files):
@@ -125,7 +127,7 @@ def wrong(module: str, item: Import) -> str:
     """Return what to do instead of this import, or nothing where it is right."""
     part, target = module.partition(".")[0], item.target.partition(".")[0]
     if target == "httpx":
-        return NO_HTTPX
+        return NO_HTTPX * (part != "plugins")
     if target not in OURS:
         return ""
     home = ".".join(module.split(".")[:2])
@@ -135,7 +137,8 @@ def wrong(module: str, item: Import) -> str:
         "slices": target == "kernel" or at_home,
         "kernel": target == "kernel",
         "demo": False,
-        "osp": target not in ("tests", "bench"),
+        "osp": target not in ("testkit", "tests", "bench"),
+        "testkit": target not in ("tests", "bench"),
     }
     return "" if right[part] else ADVICE[part]
 
@@ -207,6 +210,7 @@ def test_nothing_happens_at_import() -> None:
 TREE = {
     "osp.py": "import os\nimport demo\nfrom slices import chat, tags\nhome = os.environ",
     "demo.py": "import json",
+    "testkit.py": "import os\nimport osp\nhome = os.environ",
     "kernel/__init__.py": "",
     "kernel/agent.py": "from kernel.client import Client",
     "kernel/client.py": "import json\nfrom kernel import errors",
@@ -216,7 +220,7 @@ TREE = {
     "slices/tags.py": "from kernel.client import Client",
     "plugins/rag_agent/agent.py": "from kernel.agent import BaseAgent\nfrom .index import Index",
     "plugins/rag_agent/index.py": "import sqlite3",
-    "plugins/other_agent/agent.py": "import kernel.agent",
+    "plugins/other_agent/agent.py": "import httpx\nimport kernel.agent",
 }
 
 
@@ -275,6 +279,8 @@ PLUGIN, SLICE, KERNEL = ADVICE["plugins"], ADVICE["slices"], ADVICE["kernel"]
         ("kernel/errors.py", "from kernel import errors", "a cycle; move"),
         ("demo.py", "from kernel.config import HOME", ADVICE["demo"]),
         ("osp.py", "from tests import support", ADVICE["osp"]),
+        ("osp.py", LATE.format("import testkit"), ADVICE["osp"]),
+        ("testkit.py", "from tests import support", ADVICE["testkit"]),
         ("slices/tags.py", "import httpx", NO_HTTPX),
         ("kernel/agent.py", LATE.format("from httpx import AsyncClient"), NO_HTTPX),
         ("osp.py", "__import__('httpx')", NO_HTTPX),
@@ -313,13 +319,10 @@ def test_what_happens_at_import_is_caught(tmp_path: Path, code: str, what: str) 
     assert effects(tmp_path / "quiet") == ""
 
 
-# What each slice is there for. What is forwarded unread is so without its slice, too.
+# What each slice is there for. What is forwarded unread is forwarded without its slice, too.
+CHAT = {"model": "demo", "messages": [{"role": "user", "content": "/time what day is it?"}]}
 PROBES: dict[str, tuple[str, str, Any]] = {
-    "chat": (
-        "POST",
-        "/api/chat",
-        {"model": "demo", "messages": [{"role": "user", "content": "a"}]},
-    ),
+    "chat": ("POST", "/api/chat", CHAT),
     "embeddings": ("POST", "/api/embed", {"model": "demo-embed", "input": "a"}),
     "generate": ("POST", "/api/generate", {"model": "demo", "prompt": "a"}),
     "health": ("GET", "/health", None),
@@ -328,6 +331,7 @@ PROBES: dict[str, tuple[str, str, Any]] = {
     "plugins": ("GET", "/plugins", None),
     "tags": ("GET", "/api/tags", None),
 }
+PARTS = {"Access": (), "Metrics": ("metrics",), "Presets": ()}  # with the slices that need them
 ASK = """
 import asyncio, json, sys
 import httpx, demo, osp
@@ -337,11 +341,12 @@ async def main():
     async with demo.serve(demo.create_app()) as ollama:
         app = osp.create_app(load(None, {"OSP_UPSTREAM_URL": ollama}, {}))
         async with demo.serve(app) as url, httpx.AsyncClient(base_url=url) as client:
-            asked = {
-                name: (await client.request(method, path, json=body)).status_code
+            answers = {
+                name: await client.request(method, path, json=body)
                 for name, (method, path, body) in json.loads(sys.argv[1]).items()
             }
-    print(json.dumps(asked))
+    agents = {a.headers.get("x-osp-agents", "").partition(";")[0] for a in answers.values()}
+    print(json.dumps([{name: a.status_code for name, a in answers.items()}, sorted(agents)]))
 
 asyncio.run(main())
 """
@@ -353,49 +358,69 @@ def test_every_slice_has_its_probe() -> None:
     assert set(PROBES) == slices
 
 
-@pytest.mark.parametrize("name", PROBES)
-def test_any_slice_can_be_deleted_and_all_else_works(tmp_path: Path, name: str) -> None:
-    tree = without_slice(name, tmp_path / "osp")
-    others = {key: probe for key, probe in PROBES.items() if key != name}
+@pytest.mark.parametrize("part", [*PROBES, *PARTS])
+def test_any_part_can_be_left_out_and_all_else_works(tmp_path: Path, part: str) -> None:
+    tree = without(part, tmp_path / "osp")
+    gone = (part, *PARTS.get(part, ()))
+    others = {key: probe for key, probe in PROBES.items() if key not in gone}
 
     said = python(tree, "-c", ASK, json.dumps(others))
 
-    assert json.loads(said.splitlines()[0]) == dict.fromkeys(others, 200)
+    statuses, agents = json.loads(said.splitlines()[0])
+    assert statuses == dict.fromkeys(others, 200)
+    assert agents == ([""] if part == "chat" else ["", "time"])
 
 
-def without_slice(name: str, tree: Path) -> Path:
-    """Copy the project without a slice: its file or folder, and its lines in osp.py."""
+def without(part: str, tree: Path) -> Path:
+    """Copy the project without a part: a slice's file, and the lines of a part in osp.py."""
     for folder in ("kernel", "slices", "plugins"):
         shutil.copytree(HOME / folder, tree / folder, ignore=shutil.ignore_patterns("__pycache__"))
     shutil.copy(HOME / "demo.py", tree)
-    gone = tree / "slices" / name
-    shutil.rmtree(gone) if gone.is_dir() else gone.with_suffix(".py").unlink()
-    root = Without(name).visit(ast.parse((HOME / "osp.py").read_text(encoding="utf-8")))
-    (tree / "osp.py").write_text(ast.unparse(root), encoding="utf-8")
+    shutil.copy(HOME / "demo.json", tree)
+    (tree / "slices" / f"{part}.py").unlink(missing_ok=True)
+    source = ast.parse((HOME / "osp.py").read_text(encoding="utf-8"))
+    left = ast.unparse(Without(part).visit(source))
+    assert left != ast.unparse(ast.parse((HOME / "osp.py").read_text(encoding="utf-8")))
+    (tree / "osp.py").write_text(left, encoding="utf-8")
     return tree
 
 
 class Without(ast.NodeTransformer):
-    """Takes a slice's lines out of osp.py: its import, and its share of lists and of arguments."""
+    """Takes a part's lines out of osp.py: its import, what is made of it, and where that goes."""
 
     def __init__(self, name: str) -> None:
-        self.name = name
+        self.names = {name}
 
-    def uses(self, node: ast.AST) -> bool:
-        names = [inner.id for inner in ast.walk(node) if isinstance(inner, ast.Name)]
-        return self.name in names
+    def uses(self, *nodes: ast.AST) -> bool:
+        inner = [name for node in nodes for name in ast.walk(node) if isinstance(name, ast.Name)]
+        return any(name.id in self.names for name in inner)
 
-    def visit_ImportFrom(self, node: ast.ImportFrom) -> ast.ImportFrom:
-        if node.module == "slices":
-            node.names = [alias for alias in node.names if alias.name != self.name]
-        return node
+    def visit_ImportFrom(self, node: ast.ImportFrom) -> ast.ImportFrom | None:
+        node.names = [alias for alias in node.names if alias.name not in self.names]
+        return node if node.names else None
+
+    def visit_Assign(self, node: ast.Assign) -> ast.AST | None:
+        if isinstance(node.value, ast.Call) and self.uses(node.value.func, *node.value.args):
+            wrapped = self.wraps(node.value, node.targets[0])
+            self.names |= set() if wrapped else {ast.unparse(node.targets[0])}
+            return None
+        return self.generic_visit(node)
+
+    def wraps(self, call: ast.Call, target: ast.expr) -> bool:
+        """Tell whether a layer is put around what has its name, as in `app = Access(app)`."""
+        return ast.unparse(target) in map(ast.unparse, call.args)
 
     def visit_List(self, node: ast.List) -> ast.List:
+        self.generic_visit(node)
         node.elts = [item for item in node.elts if not self.uses(item)]
         return node
 
     def visit_Call(self, node: ast.Call) -> ast.AST:
         node.keywords = [keyword for keyword in node.keywords if not self.uses(keyword)]
+        return self.generic_visit(node)
+
+    def visit_AsyncWith(self, node: ast.AsyncWith) -> ast.AST:
+        node.items = [item for item in node.items if not self.uses(item)]
         return self.generic_visit(node)
 
 

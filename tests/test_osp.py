@@ -5,13 +5,16 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import re
 import shutil
 import signal
 import socket
+import subprocess
 import sys
+import tomllib
 from asyncio.subprocess import PIPE, Process
 from collections.abc import AsyncIterator, Mapping
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -24,11 +27,17 @@ from kernel.config import HOME
 from tests.support import FakeOllama, line, said, turn, write_agent
 
 CLEAN = {name: value for name, value in os.environ.items() if not name.startswith("OSP_")}
+READY = "ready: type /help in any chat"
 LIMIT = 20  # seconds that nothing here takes, on the slowest machine
 LEAVES = """
 class Leaves(BaseAgent):
     async def teardown(self):
         (self.data_dir / "left").touch()
+"""
+WORKS = """
+class Works(BaseAgent):
+    def setup(self):
+        self.progress = "reading /notes"
 """
 HANGS = """
 import sys
@@ -65,7 +74,7 @@ class Proxy:
     async def client(self) -> AsyncIterator[httpx.AsyncClient]:
         """Yield a client of it, once it answers."""
         url = (await self.event("listening"))["url"]
-        await self.event("agents loaded")
+        await self.says("ready: type ")
         async with httpx.AsyncClient(base_url=url, timeout=LIMIT) as client:
             await client.get("/plugins")  # from here on it obeys signals
             yield client
@@ -87,16 +96,21 @@ class Proxy:
 async def starting(
     *flags: str, script: Path = HOME / "osp.py", cwd: Path = HOME, env: Mapping[str, str] = CLEAN
 ) -> AsyncIterator[Proxy]:
-    """Start osp.py on any free port and without agents, if `flags` and `env` say nothing else."""
+    """Start osp.py on any free port and without agents, if `flags` and `env` say nothing else.
+
+    It has a session of its own, so that its processes can all be stopped.
+    """
     env = {**CLEAN, "OSP_SERVER_PORT": "0", "OSP_PLUGINS": "off", "PYTHONPATH": "", **env}
     command = [sys.executable, str(script), *flags]
-    process = await asyncio.create_subprocess_exec(*command, cwd=cwd, env=env, stderr=PIPE)
+    process = await asyncio.create_subprocess_exec(
+        *command, cwd=cwd, env=env, stderr=PIPE, start_new_session=True
+    )
     try:
         yield Proxy(process)
     finally:
-        if process.returncode is None:
-            process.kill()
-            await process.communicate()
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        await process.wait()
 
 
 def with_agents(plugins: Path) -> Mapping[str, str]:
@@ -116,7 +130,7 @@ def vendored(tmp_path: Path) -> Path:
     copy = tmp_path / "vendor" / "osp"
     for folder in ("kernel", "slices", "plugins"):
         shutil.copytree(HOME / folder, copy / folder, ignore=shutil.ignore_patterns("__pycache__"))
-    for name in ("osp.py", "demo.py"):
+    for name in ("osp.py", "demo.py", "demo.json"):
         shutil.copy(HOME / name, copy)
     (tmp_path / "kernel.py").write_text("raise ImportError('not this one')")
     return copy
@@ -138,25 +152,92 @@ async def test_a_copy_below_another_repository_runs_on_its_own(vendored: Path) -
             health = (await client.get("/health")).json()
             listed = (await client.get("/plugins")).json()["plugins"]
 
-    assert health["agents"] == ["cache", "rag", "redact", "remember", "time", "translate"]
-    assert listed[0]["folder"] == str(vendored / "plugins" / "cache_agent")
+    shipped = ["cache", "rag", "redact", "remember", "summarize", "time", "translate"]
+    assert health["agents"] == shipped
+    assert listed[0]["folder"] == str(vendored / "plugins" / "audit_agent")
     assert (vendored / "data").exists()
 
 
-async def test_it_says_where_it_listens_what_is_upstream_and_which_agents_there_are(
-    plugins: Path,
+async def test_it_says_what_it_read_where_it_listens_what_is_upstream_and_which_agents_there_are(
+    plugins: Path, tmp_path: Path
 ) -> None:
     write_agent(plugins, "leaves", LEAVES)
+    write_agent(plugins, "works", WORKS)
     write_agent(plugins, "wrong", "raise RuntimeError('no such thing')")
+    write_agent(plugins, "lacks", "import no_such_package")
+    file = tmp_path / "some.toml"
+    file.write_text("", encoding="utf-8")
 
-    async with starting("--demo", "0", env=with_agents(plugins)) as proxy:
+    async with starting("--demo", "0", "--config", str(file), env=with_agents(plugins)) as proxy:
+        assert (await proxy.event("settings"))["file"] == str(file)
         assert (await proxy.event("listening"))["url"].startswith("http://127.0.0.1:")
         assert (await proxy.event("upstream answers"))["version"] == "0.33.0-demo"
-        failed = await proxy.event("agent failed to load")
-        assert failed["agent"] == "wrong"
+        assert "-m pip install" in await proxy.says('"agent": "lacks"')
+        failed = json.loads(await proxy.says('"agent": "wrong"'))
+        assert failed["event"] == "agent failed to load"
         assert failed["error"] == "RuntimeError: no such thing"
         assert failed["where"] == f"{plugins}/wrong_agent/agent.py:4"
-        assert (await proxy.event("agents loaded"))["agents"] == "leaves"
+        assert (await proxy.event("agents loaded"))["agents"] == "leaves works"
+        assert (await proxy.event("agent"))["progress"] == "reading /notes"
+        assert await proxy.event("ready: type /help in any chat")
+
+
+async def test_with_reload_a_change_counts_in_a_moment_and_the_port_stays_open(
+    plugins: Path, tmp_path: Path
+) -> None:
+    file = tmp_path / "osp.toml"
+    flags = ("--demo", "0", "--reload", "--config", str(file))
+    file.write_text("", encoding="utf-8")
+
+    async with starting(*flags, env=with_agents(plugins)) as proxy, proxy.client() as client:
+
+        async def until(agents: list[str]) -> None:
+            with anyio.fail_after(LIMIT):
+                while (await client.get("/health")).json()["agents"] != agents:
+                    pass
+
+        await until([])
+        write_agent(plugins, "leaves", LEAVES)
+        await until(["leaves"])
+        file.write_text("[agents.leaves]\nenabled = false\n", encoding="utf-8")
+        await until([])
+        file.write_text("[agents.leaves]\nenabled = 1\n[serv", encoding="utf-8")
+        assert str(file) in await proxy.says(f"osp.py: {file}: ")
+        file.write_text("", encoding="utf-8")
+        await until(["leaves"])
+        status = await proxy.stop(signal.SIGINT)
+
+    assert status == 0 and (plugins.parent / "data" / "leaves" / "left").exists()
+
+
+OLDER = sorted(Path.home().glob(".pyenv/versions/3.[89].*/bin/python"))
+
+
+@pytest.mark.parametrize("python", OLDER, ids=[path.parts[-3] for path in OLDER])
+def test_an_older_python_says_in_one_line_what_to_type(python: Path) -> None:
+    for name in ("osp.py", "testkit.py"):
+        done = subprocess.run([python, name, "x"], cwd=HOME, capture_output=True, text=True)
+
+        assert done.returncode == 2 and done.stderr.count("\n") == 1
+        assert "needs Python 3.11, starlette and uvicorn; type: python3.11 -m venv" in done.stderr
+
+
+def test_without_the_packages_it_says_in_one_line_what_to_type() -> None:
+    command = [sys.executable, "-S", "osp.py"]  # without site-packages
+    done = subprocess.run(command, cwd=HOME, env=CLEAN, capture_output=True, text=True)
+
+    assert done.returncode == 2 and done.stderr.count("\n") == 1
+    assert 'python3 -m venv .venv && .venv/bin/pip install -q ".[agents]" && ' in done.stderr
+
+
+def test_uv_is_told_the_same_dependencies_as_pip() -> None:
+    block = re.search(r"\A# /// script\n(.*?)# ///\n", (HOME / "osp.py").read_text(), re.DOTALL)
+    assert block
+    script = tomllib.loads(re.sub(r"(?m)^# ?", "", block[1]))
+    project = tomllib.loads((HOME / "pyproject.toml").read_text())["project"]
+
+    assert script["dependencies"] == project["dependencies"]
+    assert script["requires-python"] == project["requires-python"]
 
 
 async def test_it_starts_without_ollama_and_says_so() -> None:
@@ -182,7 +263,8 @@ async def test_a_break_of_the_upstream_is_a_line_of_the_log_and_no_traceback(
         await proxy.stop()
 
     events = [json.loads(line)["event"] for line in proxy.lines]
-    assert events == ["listening", "upstream answers", "agents loaded", "request", "request"]
+    start = ["settings", "listening", "upstream answers", "agents loaded", READY]
+    assert events == [*start, "request", "request"]
 
 
 async def test_the_demo_answers_as_ollama_and_says_what_it_was_sent() -> None:
@@ -223,58 +305,21 @@ async def test_a_flag_counts_more_than_the_environment_and_that_more_than_the_fi
         assert (await proxy.event("listening"))["url"] == f"http://127.0.0.1:{by_flag}"
 
 
-async def test_the_upstream_is_a_setting_a_variable_or_a_flag(
-    demo_url: str, tmp_path: Path
-) -> None:
-    file = tmp_path / "osp.toml"
-    file.write_text('[upstream]\nurl = "http://127.0.0.1:9"\n', encoding="utf-8")
-    config = ("--config", str(file))
-    other = {"OSP_UPSTREAM_URL": "127.0.0.1:1"}
-
-    async with starting(*config, "--upstream", demo_url, env=other) as proxy:
-        assert (await proxy.event("upstream answers"))["url"] == demo_url
-    async with starting(*config, env={"OSP_UPSTREAM_URL": demo_url}) as proxy:
-        assert (await proxy.event("upstream answers"))["url"] == demo_url
-    async with starting(*config) as proxy:
-        assert (await proxy.event("upstream does not answer yet"))["url"] == "http://127.0.0.1:9"
-
-
 @pytest.mark.parametrize(
     ("toml", "flags", "complaint"),
     [
         ("[server]\nprot = 1", "", "{file}: server: unknown key 'prot'; known are host, port,"),
-        ("[sever]\nport = 1", "", "{file}: unknown key 'sever'; known are server, upstream,"),
-        ("[server]\nport = '1'", "", "{file}: server: port: '1' is wrong here, it must be a whole"),
-        ("[server]\nshutdown = inf", "", "server.shutdown: inf is wrong, it must be"),
         ("[server]\n\nport = =", "", "{file}: Invalid value (at line 3, column 8)"),
         ("[agents.nope]", "", "[agents.nope]: there is no such plugin in "),
         ("[plugins]\ndirs = ['nope']", "", "plugins.dirs: {tmp}/nope is no folder"),
         ("", "--config {tmp}/nope.toml", "{tmp}/nope.toml: [Errno 2] No such file"),
-        ("", "--port 99999", "server.port: 99999 is wrong, it must be 0 to 65535"),
-        ("", "--upstream ftp://x", "upstream.url: 'ftp://x' is no address like http://"),
-        (
-            "",
-            "--port {taken}",
-            "cannot listen on 127.0.0.1:{taken}: Address already in use",
-        ),
+        ("", "--port 99999", "--port: 99999 is wrong here, it must be 0 to 65535"),
+        ("", "--demo nan", "--demo: nan is no time between two words"),
+        ("", "--port {taken}", "cannot listen on 127.0.0.1:{taken}: Address already in use"),
         ("", "--port {p} --upstream 127.0.0.1:{p}", "upstream.url: http://127.0.0.1:{p} is this"),
         ("", "--port {p} --upstream localhost:{p}", "upstream.url: http://localhost:{p} is this"),
         ("", "--port {p} --upstream 0.0.0.0:{p}", "upstream.url: http://127.0.0.1:{p} is this"),
-        (
-            "",
-            "--host localhost --port {p} --upstream :{p}",
-            "upstream.url: http://127.0.0.1:{p} is",
-        ),
-        (
-            "",
-            "--host 0.0.0.0 --port {p} --upstream localhost:{p}",
-            "upstream.url: http://localhost",
-        ),
-        (
-            "",
-            "--host 0.0.0.0 --port {p} --upstream 127.0.0.2:{p}",
-            "upstream.url: http://127.0.0.2",
-        ),
+        ("", "--host 0.0.0.0 --port {p} --upstream 127.0.0.2:{p}", "upstream.url: http://127.0."),
     ],
 )
 async def test_a_wrong_setting_ends_the_start_with_one_line(
@@ -295,21 +340,14 @@ async def test_a_wrong_setting_ends_the_start_with_one_line(
     )
 
 
-async def test_an_unknown_flag_ends_the_start_with_what_is_known() -> None:
-    async with starting("--prot", "1") as proxy:
+@pytest.mark.parametrize("unknown", ["--prot", "check"])
+async def test_an_unknown_flag_ends_the_start_with_what_is_known(unknown: str) -> None:
+    async with starting(unknown) as proxy:
         status = await proxy.ended()
 
     assert status == 2
     assert proxy.lines[0].startswith("usage: osp.py [-h] [--config")
-    assert proxy.lines[-1] == "osp.py: error: unrecognized arguments: --prot\n"
-
-
-async def test_an_unknown_command_ends_the_start_with_the_known_ones() -> None:
-    async with starting("chekc") as proxy:
-        status = await proxy.ended()
-
-    assert status == 2
-    assert proxy.lines[-1].endswith("'chekc' is no command; known are serve, check, new-agent\n")
+    assert proxy.lines[-1] == f"osp.py: error: unrecognized arguments: {unknown}\n"
 
 
 @pytest.mark.parametrize("sig", [signal.SIGINT, signal.SIGTERM])
@@ -346,6 +384,7 @@ async def test_an_answer_that_takes_too_long_is_cut_and_the_status_is_0(plugins:
             chunks = answer.aiter_bytes()
             await anext(chunks)
             proxy.process.send_signal(signal.SIGTERM)
+            assert "open_answers" in await proxy.says("stopping")
             with pytest.raises(httpx.RemoteProtocolError):
                 await anext(chunks)
         status = await proxy.ended()
@@ -398,7 +437,7 @@ STUCK = {
 async def test_an_agent_that_is_stuck_does_not_keep_the_process(plugins: Path, hook: str) -> None:
     code = f"import sys, threading\nclass Stuck(BaseAgent):{hook}"
     write_agent(plugins, "stuck", code, always=True)
-    env = {"OSP_SERVER_SHUTDOWN": "1", "OSP_PLUGINS_SETUP_TIMEOUT": "1", **with_agents(plugins)}
+    env = {"OSP_SERVER_SHUTDOWN": "1", **with_agents(plugins)}
 
     async with starting("--demo", "0", env=env) as proxy, proxy.client() as client:
         asking = asyncio.create_task(client.post("/api/chat", json=turn("x")))

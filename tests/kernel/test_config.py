@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from kernel.config import HOME, Config, Upstream, load, parse_upstream
+from kernel.address import Upstream, parse_upstream
+from kernel.config import HOME, Config, Preset, load
 from kernel.errors import ConfigError
 
 
@@ -39,6 +41,7 @@ def test_a_file_counts_key_by_key(tmp_path: Path) -> None:
     chain = {notice = false}
     log = {level = "debug"}
     agents = {rag = {settings = {k = 6}}}
+    presets = {notes = {model = "m", options = {num_ctx = 1}}}
     """
 
     config = load_text(tmp_path, text)
@@ -48,6 +51,7 @@ def test_a_file_counts_key_by_key(tmp_path: Path) -> None:
     assert config.access.keys == ("a", "b")
     assert (config.chain.notice, config.log.level) == (False, "debug")
     assert config.agents == {"rag": {"settings": {"k": 6}}}
+    assert config.presets == {"notes": Preset("m", options={"num_ctx": 1})}
 
 
 @pytest.mark.parametrize(
@@ -88,73 +92,94 @@ def test_the_environment_counts_more_than_the_file_and_flags_count_most(tmp_path
     file.write_text('[server]\nhost = "a"\nport = 1\nshutdown = 1\n', encoding="utf-8")
     environ = {"OSP_SERVER_PORT": "2", "OSP_SERVER_SHUTDOWN": "2"}
 
-    server = load(file, environ, {"server": {"port": 3}}).server
+    server = load(file, environ, {"--port": "3"}).server
 
     assert (server.host, server.shutdown, server.port) == ("a", 2.0, 3)
 
 
-def test_a_relative_path_is_seen_from_the_file_that_says_it(tmp_path: Path) -> None:
+def test_a_relative_path_starts_at_the_file_that_says_it(tmp_path: Path) -> None:
     text = 'server = {data = "d"}\nplugins = {dirs = ["../p", "/q", "~/r"]}'
 
     config = load_text(tmp_path, text)
 
     assert config.server.data == tmp_path / "d"
     assert config.plugins.dirs == (tmp_path / "../p", Path("/q"), Path.home() / "r")
+    assert load_text(tmp_path, "").server.data == tmp_path / "data"
+
+
+WRONG = "is wrong here, it must be"
 
 
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("[sever]", "osp.toml: unknown key 'sever'; known are server, upstream, plugins,"),
-        ("port = 1", "osp.toml: unknown key 'port'; known are server,"),
-        ("[log]\nlvl = 'info'", "osp.toml: log: unknown key 'lvl'; known are level, format"),
-        ("server = 1", "osp.toml: server: 1 is wrong here, it must be a table"),
-        ("agents = []", "osp.toml: agents: [] is wrong here, it must be a table"),
-        ("[server]\nport = '1'", "osp.toml: server: port: '1' is wrong here, it must be a whole n"),
-        ("[server]\nport = true", "osp.toml: server: port: True is wrong here, it must be a whole"),
-        ("[server]\nport = 1.0", "osp.toml: server: port: 1.0 is wrong here, it must be a whole"),
-        ("[server]\nport = 65536", "server.port: 65536 is wrong, it must be 0 to 65535"),
-        ("[server]\nhost = 1", "osp.toml: server: host: 1 is wrong here, it must be a string"),
-        ("[server]\ndata = 1", "osp.toml: server: data: 1 is wrong here, it must be a path"),
-        ("[server]\nmax_body = 0", "server.max_body: 0 is wrong, it must be above 0"),
-        ("[chain]\ntimeout = -1", "chain.timeout: -1.0 is wrong, it must be above 0"),
-        ("[chain]\ntimeout = nan", "chain.timeout: nan is wrong, it must be above 0"),
-        ("[chain]\ntimeout = inf", "chain.timeout: inf is wrong, it must be above 0"),
-        ("[chain]\ntimeout = '1'", "osp.toml: chain: timeout: '1' is wrong here, it must be a nu"),
-        ("[chain]\nnotice = 1", "osp.toml: chain: notice: 1 is wrong here, it must be true or fa"),
-        ("[log]\nlevel = 'INFO'", "osp.toml: log: level: 'INFO' is wrong here, it must be one of"),
-        (
-            "[plugins]\ndirs = [1]",
-            "osp.toml: plugins: dirs: this is wrong here, it must be a list of s",
-        ),
-        ("[commands]\nprefix = 'ai'", "commands.prefix: letters, digits and spaces cannot begin"),
-        ("[commands]\nprefix = '/ '", "commands.prefix: letters, digits and spaces cannot begin"),
-        ("[upstream]\nurl = 'ftp://x'", "upstream.url: 'ftp://x' is no address like http://127"),
-        ("[server\n", "osp.toml: Expected ']' at the end of a table declaration (at line 1, col"),
+        ("[sever]", "unknown key 'sever'; known are server, upstream, plugins,"),
+        ("port = 1", "unknown key 'port'; known are server,"),
+        ("[log]\nlvl = 'info'", "log: unknown key 'lvl'; known are level, format"),
+        ("[plugins]\nwatch = true", "plugins: unknown key 'watch'; known are dirs, only"),
+        ("server = 1", f"server: 1 {WRONG} a table"),
+        ("agents = []", f"agents: [] {WRONG} a table"),
+        ("[server]\nport = '1'", f"server: port: '1' {WRONG} a whole number"),
+        ("[server]\nport = true", f"server: port: True {WRONG} a whole number"),
+        ("[server]\nport = 1.0", f"server: port: 1.0 {WRONG} a whole number"),
+        ("[server]\nport = 65536", f"server: port: 65536 {WRONG} 0 to 65535"),
+        ("[server]\nhost = 1", f"server: host: 1 {WRONG} a string"),
+        ("[server]\ndata = 1", f"server: data: 1 {WRONG} a path"),
+        ("[server]\nmax_body = 0", f"server: max_body: 0 {WRONG} above 0"),
+        ("[chain]\ntimeout = -1", f"chain: timeout: -1.0 {WRONG} above 0"),
+        ("[chain]\ntimeout = nan", f"chain: timeout: nan {WRONG} above 0"),
+        ("[chain]\ntimeout = inf", f"chain: timeout: inf {WRONG} above 0"),
+        ("[chain]\ntimeout = '1'", f"chain: timeout: '1' {WRONG} a number"),
+        ("[chain]\nnotice = 1", f"chain: notice: 1 {WRONG} true or false"),
+        ("[log]\nlevel = 'INFO'", f"log: level: 'INFO' {WRONG} one of 'debug', 'info', "),
+        ("[plugins]\ndirs = [1]", f"plugins: dirs: this {WRONG} a list of strings"),
+        ("[commands]\nprefix = 'ai'", f"commands: prefix: 'ai' {WRONG} without letters, dig"),
+        ("[commands]\nprefix = '/ '", f"commands: prefix: '/ ' {WRONG} without letters, dig"),
+        ("[upstream]\nurl = 'ftp://x'", f"upstream: url: 'ftp://x' {WRONG} an address like htt"),
+        ("[presets.x]\nagents = '/a'", "presets.x: it must name a `model`"),
+        ("[presets.'a+b']\nmodel = 'm'", "presets.a+b: it must name a `model`, and be called by"),
+        ("[presets.x]\nmodel = 'm'\noptions = 1", f"presets.x: options: 1 {WRONG} a table"),
+        ("[server\n", "Expected ']' at the end of a table declaration (at line 1, col"),
     ],
 )
-def test_a_wrong_setting_is_named_with_what_is_right(
+def test_a_wrong_setting_is_named_with_its_file_and_with_what_is_right(
     tmp_path: Path, text: str, message: str
 ) -> None:
-    assert complaint(tmp_path, text).startswith(message)
+    assert complaint(tmp_path, text).startswith(f"osp.toml: {message}")
 
 
 @pytest.mark.parametrize(
     ("name", "value", "message"),
     [
-        ("OSP_SERVER_PROT", "1", "OSP_SERVER_PROT: unknown; known are OSP_SERVER_HOST, OSP_SERV"),
-        ("OSP_SERVER_PORT", "x", "OSP_SERVER_PORT: 'x' is wrong here, it must be a whole number"),
-        ("OSP_SERVER_PORT", "1.5", "OSP_SERVER_PORT: 1.5 is wrong here, it must be a whole num"),
-        ("OSP_SERVER_PORT", "", "OSP_SERVER_PORT: '' is wrong here, it must be a whole number"),
-        ("OSP_CHAIN_NOTICE", "yes", "OSP_CHAIN_NOTICE: 'yes' is wrong here, it must be true or"),
-        ("OSP_LOG_LEVEL", "loud", "OSP_LOG_LEVEL: 'loud' is wrong here, it must be one of 'deb"),
-        ("OSP_UPSTREAM_URL", "a b", "upstream.url: 'a b' is no address like http://127.0.0.1"),
+        ("OSP_SERVER_PROT", "1", "unknown key 'prot'; known are host, port, "),
+        ("OSP_SERVER_PORT", "x", f"'x' {WRONG} a whole number"),
+        ("OSP_SERVER_PORT", "1.5", f"1.5 {WRONG} a whole number"),
+        ("OSP_SERVER_PORT", "", f"'' {WRONG} a whole number"),
+        ("OSP_SERVER_PORT", "65536", f"65536 {WRONG} 0 to 65535"),
+        ("OSP_CHAIN_NOTICE", "yes", f"'yes' {WRONG} true or false"),
+        ("OSP_LOG_LEVEL", "loud", f"'loud' {WRONG} one of 'debug'"),
+        ("OSP_UPSTREAM_URL", "a b", f"'a b' {WRONG} an address like http://127.0.0.1"),
     ],
 )
 def test_a_wrong_variable_is_named_with_what_is_right(
     tmp_path: Path, name: str, value: str, message: str
 ) -> None:
-    assert complaint(tmp_path, "", **{name: value}).startswith(message)
+    file = "[server]\nport = 2\n[upstream]\nurl = 'h'"  # what a variable overrides is right
+
+    assert complaint(tmp_path, file, **{name: value}).startswith(f"{name}: {message}")
+
+
+@pytest.mark.parametrize(
+    ("flag", "value", "message"),
+    [
+        ("--port", "99999", f"99999 {WRONG} 0 to 65535"),
+        ("--port", "x", f"'x' {WRONG} a whole number"),
+        ("--upstream", "ftp://x", f"'ftp://x' {WRONG} an address like"),
+    ],
+)
+def test_a_wrong_flag_is_named_with_what_is_right(flag: str, value: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=re.escape(f"{flag}: {message}")):
+        load(None, {"OSP_SERVER_PORT": "1"}, {flag: value})
 
 
 def test_bytes_that_are_no_text_and_a_missing_file_are_said_with_its_name(tmp_path: Path) -> None:
@@ -220,5 +245,5 @@ def test_an_upstream_has_its_parts() -> None:
 
 @pytest.mark.parametrize("text", ["ftp://x", "://x", "http://me:pw@x", "a b", "http://x/a b"])
 def test_what_is_no_address_is_refused(text: str) -> None:
-    with pytest.raises(ConfigError, match="is no address like http://127.0.0.1:11434"):
+    with pytest.raises(ConfigError, match="must be an address like http://127.0.0.1:11434"):
         parse_upstream(text)
