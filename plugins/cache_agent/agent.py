@@ -1,8 +1,10 @@
 """Cache: gives the same answer to the same conversation, without the model.
 
-"The same" is the whole request as it comes here: model, messages with their images, options; all
-but how the answer is sent. Each user has answers of their own. `/cache:fresh=true` asks the model
-anew and keeps that answer instead. Tools, structured output and logprobs always go to the model.
+"The same" is the whole request as it comes here: model, messages with their images, options, think;
+all but how the answer is sent. Each user has answers of their own. `/cache:fresh=true` asks the
+model anew and keeps that answer instead. Only a whole answer in text is kept: none that was cut
+off or that calls tools. A request with tools always goes to the model, and so does a turn that goes
+on after a tool's result, which may be another one tomorrow.
 """
 
 from __future__ import annotations
@@ -15,8 +17,6 @@ from kernel.agent import BaseAgent, Payload, Reply
 from .store import Store
 
 DELIVERY = ("stream", "stream_options", "keep_alive")  # they change nothing about the text
-# What is more than text cannot be kept, and what a tool said yesterday may be wrong today.
-NEVER = ("tools", "functions", "format", "response_format", "logprobs")
 
 
 class Cache(BaseAgent):
@@ -35,7 +35,7 @@ class Cache(BaseAgent):
         self.store = Store(self.data_dir / "answers.db", **self.settings)
 
     def on_request(self, payload: Payload) -> Payload:  # type: ignore[override]
-        if not is_repeatable(payload):
+        if self.context.continuation or payload.get("tools") or payload.get("functions"):
             return payload
         self.key = key_of(payload, self.context.dialect, self.context.user)
         self.parts = []
@@ -50,24 +50,14 @@ class Cache(BaseAgent):
         return text
 
     def on_end(self) -> str:  # type: ignore[override]
-        # Only an answer that is complete comes here.
-        if self.key:
+        # Answers in JSON or with logprobs never come here, so none is kept.
+        if self.key and self.context.finish == "stop" and not self.context.explaining:
             self.store.put(self.key, "".join(self.parts))
         return ""
 
 
-def is_repeatable(payload: Payload) -> bool:
-    """Tell whether the answer will be text and nothing else, and does not rest on a tool."""
-    if any(payload.get(key) for key in NEVER):
-        return False
-    messages = payload["messages"]
-    roles = [str(message.get("role")).lower() for message in messages]
-    called = any(message.get("tool_calls") for message in messages)
-    return not called and "tool" not in roles
-
-
 def key_of(payload: Payload, dialect: str, user: str) -> bytes:
     """Return a digest of what the answer depends on, whatever the order of its keys."""
-    asked = {key: value for key, value in payload.items() if key not in DELIVERY}
-    text = json.dumps([dialect, user, asked], sort_keys=True)
+    parts = {key: value for key, value in payload.items() if key not in DELIVERY}
+    text = json.dumps([dialect, user, parts], sort_keys=True)
     return hashlib.sha256(text.encode()).digest()

@@ -1,8 +1,8 @@
 """Store: answers by key, in one SQLite file that is its owner's alone.
 
 Each call opens the file for itself, so that threads and processes can share it. What is too old is
-not found; what is too much goes, the oldest first. The file can be deleted at any time: one that
-is damaged is made anew.
+not found; what is too much goes, the oldest first. The file can be deleted at any time, with its
+folder: one that is damaged is made anew.
 """
 
 from __future__ import annotations
@@ -27,14 +27,11 @@ GET = "SELECT stored, answer FROM answers WHERE key = ?"
 PUT = "INSERT OR REPLACE INTO answers (key, stored, answer) VALUES (?, ?, ?)"
 EXPIRE = "DELETE FROM answers WHERE stored < ?"
 # An answer that takes the place of another gets a new number, too: the newest has the highest.
-TRIM = """
-DELETE FROM answers WHERE number IN (
-    SELECT number FROM (
-        SELECT number, count(*) OVER newest AS entries, sum(length(answer)) OVER newest AS bytes
-        FROM answers WINDOW newest AS (ORDER BY number DESC)
-    ) WHERE entries > ? OR bytes > ?
+TRIM = (
+    "DELETE FROM answers WHERE number IN (SELECT number FROM (SELECT number,"
+    " count(*) OVER newest AS entries, sum(length(answer)) OVER newest AS bytes"
+    " FROM answers WINDOW newest AS (ORDER BY number DESC)) WHERE entries > ? OR bytes > ?)"
 )
-"""
 Step = tuple[str, Sequence[object]]  # a statement and its values
 
 
@@ -42,16 +39,14 @@ class Store:
     """The answers in `file`: at most `max_entries` and `max_bytes`, for `max_age` seconds."""
 
     def __init__(self, file: Path, max_age: float, max_entries: int, max_bytes: int) -> None:
-        self.file = file
-        self.max_age = max_age
-        self.max_entries = max_entries
-        self.max_bytes = max_bytes
+        self.file, self.max_age = file, max_age
+        self.max_entries, self.max_bytes = max_entries, max_bytes
         self._run()  # what is wrong with the file shows here
 
     def get(self, key: bytes) -> str | None:
         """Return the answer, or None if there is none or it is too old. Raises sqlite3.Error."""
         for stored, answer in self._run((GET, [key])):
-            # Later than now: the clock was wrong then or is now, and nobody knows the age.
+            # Later than now: the clock was wrong then or is now, so the age is unknown.
             if 0 <= time.time() - stored <= self.max_age:
                 return str(answer, "utf-8", "surrogatepass")
         return None
@@ -60,13 +55,9 @@ class Store:
         """Keep an answer in place of the last one, if there is room. Raises sqlite3.Error."""
         now = time.time()
         answer = text.encode("utf-8", "surrogatepass")  # half a character is text in JSON
-        if len(answer) > self.max_bytes:
-            return
-        self._run(
-            (PUT, [key, now, answer]),
-            (EXPIRE, [now - self.max_age]),
-            (TRIM, [self.max_entries, self.max_bytes]),
-        )
+        if len(answer) <= self.max_bytes:
+            trim = TRIM, [self.max_entries, self.max_bytes]
+            self._run((PUT, [key, now, answer]), (EXPIRE, [now - self.max_age]), trim)
 
     def _run(self, *steps: Step) -> list[Any]:
         """Run statements as one transaction, and return the rows of the last one."""
@@ -81,6 +72,7 @@ class Store:
         return self._transaction(steps)
 
     def _transaction(self, steps: Sequence[Step]) -> list[Any]:
+        self.file.parent.mkdir(parents=True, exist_ok=True)
         self.file.touch(mode=0o600)  # SQLite gives its other files the mode of this one
         with closing(sqlite3.connect(self.file, timeout=PATIENCE, isolation_level=None)) as db:
             with suppress(sqlite3.OperationalError):  # another process does the same

@@ -1,6 +1,6 @@
-"""Follower: keeps the index in step with a folder, in a thread of its own.
+"""Follower: keeps the index in step with folders, in a thread of its own.
 
-It looks at the folder from time to time, and at once when a question wants it to. A file has
+It looks at the folders from time to time, and at once when a question wants it to. A file has
 changed when its stamp is not the one that was indexed. A file that cannot be read is left out, with
 its reason, and tried again when it changes and at the next start.
 """
@@ -12,108 +12,87 @@ import sqlite3
 import stat
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
 
-from .chunks import chunks
-from .index import Damaged, Index, Row, counts, fields, forget, known, logger, put
-from .reader import SUFFIXES, Unreadable, sections
+from .index import Damaged, Index, fields, forget, logger, put
+from .passages import passages
+from .reader import SUFFIXES, Unreadable, read
 
 POLL = 5.0  # seconds between two looks, or more:
 REST = 100  # times as long as a look took
 DEAR = 20  # a question wants a look where as many of them fit into its patience
 STOP = 3.0  # seconds to wait for the file that is being read
-NAMED = 20  # files that are left out and named in the progress; the log names all
+NAMED = 20  # files that the progress names; the log names all
 
 
 class Follower:
-    """Reads `folder`, a resolved path, into `index`, and tells `report` how far it is.
+    """Reads `folders`, resolved paths by their names, into `index`; `report` is told how far it is.
 
     A file of more than `max_file` bytes is left out.
     """
 
     def __init__(
-        self, index: Index, folder: Path, max_file: int, report: Callable[[str], None]
+        self,
+        index: Index,
+        folders: Mapping[str, Path],
+        max_file: int,
+        report: Callable[[str], None],
     ) -> None:
-        self.index = index
-        self.folder = folder
-        self.max_file = max_file
-        self.report = report
+        self.index, self.folders, self.max_file, self.report = index, folders, max_file, report
         self.unread = 1  # files that are still to be read, as far as is known
         self._changed = threading.Condition()  # what follows has
-        self._wanted = self._stopped = False
-        self._begun = self._ended = 0  # looks
-        self._since = 0.0  # when the last look began
-        self._took = 0.0  # seconds, until it knew what has changed
-        self._fresh = True  # no look has come to its end
-        self._failure = ""  # why the last look failed
+        self._wanted, self._done = 1, 0  # looks: of how many the end is awaited, and was reached
+        self._took = 0.0  # seconds, until a look knew what has changed
+        self._fresh, self._stopped, self._failure = True, False, ""
         self._thread = threading.Thread(target=self._follow, name="rag", daemon=True)
-
-    def start(self) -> None:
         self._thread.start()
 
     def stop(self) -> None:
+        self._stopped = True
         with self._changed:
-            self._stopped = True
             self._changed.notify_all()
         self._thread.join(STOP)
 
     def catch_up(self, patience: float) -> None:
-        """Wait until the index says what the folder says now, for `patience` seconds at most.
-
-        It does not wait where a look takes too long, or one is at work for that long already.
-        """
+        """Wait until the index says what the folders say now, for `patience` seconds at most."""
+        if self._took * DEAR > patience:
+            return
         with self._changed:
-            if self._took * DEAR > patience:
-                return
-            self._wanted, look = True, self._begun + 1
+            self._wanted = wanted = self._wanted + 1
             self._changed.notify_all()
-            self._changed.wait_for(lambda: self._ended >= look or self._works(patience), patience)
-
-    def _works(self, long: float) -> bool:
-        return self._ended < self._begun and time.monotonic() - self._since > long
+            self._changed.wait_for(lambda: self._done >= wanted, patience)
 
     def _follow(self) -> None:
-        while self._is_due():
-            self._since, self._begun = time.monotonic(), self._begun + 1
+        while not self._stopped:
+            wanted = self._wanted
             try:
-                self._look()
-                self._failure = ""
+                with suppress(Damaged):  # the next look begins with an empty index
+                    self._look()
+                    self._failure, self._done = "", wanted
             except Exception as exc:  # a background task: the next look may do better
-                self._complain(f"{type(exc).__name__}: {exc}")
+                failure, self._done = f"{type(exc).__name__}: {exc}", wanted
+                if failure != self._failure:  # not every few seconds
+                    logger.warning("folder is not followed", extra=fields(error=failure))
+                self._failure = failure
+                self.report("the folder is not followed at present, the log says why")
             with self._changed:
-                self._ended = self._begun
                 self._changed.notify_all()
-
-    def _complain(self, failure: str) -> None:
-        if failure != self._failure:  # not every few seconds
-            logger.warning("folder is not followed", extra=fields(error=failure))
-        self._failure = failure
-        self.report("the folder is not followed at present, the log says why")
-
-    def _is_due(self) -> bool:
-        """Wait for the next look; false: there is none any more."""
-        with self._changed:
-            rest = max(POLL, self._took * REST) if self._begun else 0
-            self._changed.wait_for(lambda: self._wanted or self._stopped, rest)
-            self._wanted = False
-            return not self._stopped
+                rest = max(POLL, self._took * REST)
+                self._changed.wait_for(lambda: self._stopped or self._wanted > self._done, rest)
 
     def _look(self) -> None:
-        with suppress(Damaged):
-            return self._compare()
-        self.unread = 1
-        self._compare()  # with an empty index
-
-    def _compare(self) -> None:
-        """Make the index say what the folder says."""
+        """Make the index say what the folders say."""
+        began = time.monotonic()
+        found = {path: stamp for it in self.folders.values() for path, stamp in texts(it)}
         with self.index.open() as db:
-            found = dict(texts(self.folder, self.max_file))
-            old = known(db, with_left_out=not self._fresh)  # at first those are tried again
+            # At first those that were left out are tried again.
+            find = "SELECT path, stamp FROM files WHERE problem = '' OR ?"
+            old = {os.fsdecode(path): stamp for path, stamp in db.execute(find, [not self._fresh])}
             gone = old.keys() - found.keys()
             stale = sorted(path for path in found if old.get(path) != found[path])
-            self.unread, self._took = len(stale), time.monotonic() - self._since
+            self.unread, self._took = len(stale), time.monotonic() - began
             if gone:
                 forget(db, gone)
             for path in stale:
@@ -128,76 +107,71 @@ class Follower:
 
     def _read(self, db: sqlite3.Connection, path: str, stamp: str) -> None:
         """Put one file into the index; one that cannot be read is remembered without passages."""
-        name, problem = self._name(path), ""
-        rows: list[Row] = []
+        name = named(path, self.folders)
+        rows, guess, problem = list[tuple[str, str]](), "", ""
         try:
-            rows = self._rows(path, name)
+            with open(path, "rb") as file:
+                data = file.read(self.max_file + 1)
+            if len(data) > self.max_file:
+                raise Unreadable(f"has more than {self.max_file} bytes")
+            blocks, guess = read(data, Path(path).suffix.lower())
+            rows = list(passages(blocks))
         except FileNotFoundError:
             return  # deleted since
-        except OSError as exc:
-            problem = exc.strerror or "cannot be read"
         except Exception as exc:  # whatever a foreign parser raises for what is broken
-            problem = str(exc) if isinstance(exc, Unreadable) else f"is broken: {exc!a}"
-        if problem:
+            known = str(exc) if isinstance(exc, Unreadable) else getattr(exc, "strerror", None)
+            problem = known or f"is broken: {exc!a}"
             logger.warning("file is left out", extra=fields(file=name, why=problem))
-        put(db, path, stamp, problem, rows)
-
-    def _rows(self, path: str, name: str) -> list[Row]:
-        with open(path, "rb") as file:
-            data = file.read(self.max_file + 1)
-        if len(data) > self.max_file:
-            raise Unreadable(f"has more than {self.max_file} bytes")
-        return [(name, *chunk) for chunk in chunks(sections(data, Path(path).suffix.lower()))]
-
-    def _name(self, path: str) -> str:
-        """Return how sources name a file: seen from the folder, with slashes, and printable."""
-        return os.fsencode(Path(path).relative_to(self.folder).as_posix()).decode(errors="replace")
+        put(db, path, [name, stamp, guess, problem], rows)
 
     def _sum_up(self, db: sqlite3.Connection) -> None:
-        files, passages, problems = counts(db)
-        seconds = round(time.monotonic() - self._since, 2)
-        facts = fields(files=files, passages=passages, left_out=len(problems), seconds=seconds)
-        logger.info("folder is read", extra=facts)
-        names = [f"{self._name(path)} ({why})" for path, why in problems[:NAMED]]
-        names += [f"{len(problems) - NAMED} more"] * (len(problems) > NAMED)
-        left_out = f", left out: {', '.join(names)}" if names else ""
-        self.report(f"{files} files, {passages} passages{left_out}")
+        find = "SELECT name, guess, problem, passages FROM files ORDER BY name"
+        rows = db.execute(find).fetchall()
+        notes = {
+            "encoding guessed": [f"{name} ({guess})" for name, guess, _, _ in rows if guess],
+            "left out": [f"{name} ({problem})" for name, _, problem, _ in rows if problem],
+        }
+        text = (
+            f"{len(rows) - len(notes['left out'])} files, {sum(row[-1] for row in rows)} passages"
+        )
+        for what, names in notes.items():
+            more = [f"{len(names) - NAMED} more"] * (len(names) > NAMED)
+            text += f", {what}: {', '.join(names[:NAMED] + more)}" if names else ""
+        logger.info("folder is read: %s", text)
+        self.report(text)
 
 
-def texts(folder: Path, max_file: int) -> Iterator[tuple[str, str]]:
+def texts(folder: Path) -> Iterator[tuple[str, str]]:
     """Yield path and stamp of each file that is to be read; what is hidden is not.
 
-    A stamp tells whether a file has changed, and on which side of the limit it is. Links to folders
-    are not followed, and of links to files only those that stay in the folder.
+    Links to folders are not followed, and of links to files only those that stay in the folder.
     """
     if not folder.is_dir():
         raise FileNotFoundError(f"there is no folder {folder}")
-    folders = [str(folder)]
-    while folders:
-        parent = folders.pop()
-        try:
-            entries = list(os.scandir(parent))
-        except PermissionError:
-            yield parent, "closed"  # reading it will say so
-            continue
-        except FileNotFoundError:
-            continue
-        for entry in entries:
-            if entry.name.startswith("."):
-                continue
-            if entry.is_dir(follow_symlinks=False):
-                folders.append(entry.path)
-            elif entry.name.lower().endswith(SUFFIXES) and not leads_out(entry, folder):
-                yield from stamped(entry, max_file)
+    for parent, subfolders, files in os.walk(folder):
+        subfolders[:] = [name for name in subfolders if not name.startswith(".")]
+        for name in files:
+            path = os.path.join(parent, name)
+            if name.lower().endswith(SUFFIXES) and (stamp := stamp_of(path, name, folder)):
+                yield path, stamp
 
 
-def leads_out(entry: os.DirEntry[str], folder: Path) -> bool:
-    return entry.is_symlink() and not Path(os.path.realpath(entry)).is_relative_to(folder)
+def stamp_of(path: str, name: str, folder: Path) -> str:
+    """Return what differs once a file has changed; "" for what is not to be read."""
+    try:
+        info = os.lstat(path)
+        if stat.S_ISLNK(info.st_mode) and Path(os.path.realpath(path)).is_relative_to(folder):
+            info = os.stat(path)
+    except OSError:  # deleted since, or a link to nowhere
+        return ""
+    if name.startswith(".") or not stat.S_ISREG(info.st_mode):
+        return ""
+    return f"{info.st_mtime_ns} {info.st_ctime_ns} {info.st_size}"
 
 
-def stamped(entry: os.DirEntry[str], max_file: int) -> Iterator[tuple[str, str]]:
-    with suppress(OSError):  # deleted since, or a link to nowhere
-        is_ = entry.stat()
-        if stat.S_ISREG(is_.st_mode):
-            large = is_.st_size > max_file
-            yield entry.path, f"{is_.st_mtime_ns} {is_.st_ctime_ns} {is_.st_size} {large}"
+def named(path: str, folders: Mapping[str, Path]) -> str:
+    """Return how sources name a file: seen from its folder, with slashes, and printable."""
+    around = {name: it for name, it in folders.items() if Path(path).is_relative_to(it)}
+    prefix = max(around, key=lambda name: len(around[name].parts))
+    name = (prefix / Path(path).relative_to(around[prefix])).as_posix()
+    return os.fsencode(name).decode(errors="replace")

@@ -15,13 +15,12 @@ import math
 import sqlite3
 from array import array
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from heapq import nsmallest
 from operator import mul
 
 from kernel.agent import Context
 
-from .index import Index, Passage, fields, logger, writing
+from .index import Index, fields, logger, writing
 
 LACKING = 0.1  # of all passages may have no vector; with more, chance decides what is found
 NEAR = 100  # vectors that are multiplied
@@ -29,80 +28,57 @@ TRIES = 3  # batches in a row that may fail
 PATIENCE = 5.0  # seconds that a question waits for the vectors of the last few passages
 
 PASSAGES = "(SELECT coalesce(sum(passages), 0) FROM files)"
-STATE = f"SELECT version, {PASSAGES} FROM state"
-HAVE = f"SELECT count(*), {PASSAGES} FROM vectors WHERE model = ? AND dims = ?"
-USUAL = "SELECT dims FROM vectors WHERE model = ? GROUP BY dims ORDER BY count(*) DESC LIMIT 1"
-CODES = "SELECT chunk, code FROM vectors WHERE model = ? AND dims = ?"
-VECTOR = "SELECT vector FROM vectors WHERE chunk = ? AND model = ? AND dims = ?"
-ADD = "INSERT OR REPLACE INTO vectors SELECT ?, ?, ?, ?, ? FROM chunks WHERE rowid = ?"
+STATE = f"SELECT version, {PASSAGES}, (SELECT length(vector) FROM vectors LIMIT 1) FROM state"
+ADD = "INSERT OR REPLACE INTO vectors SELECT ?, ?, ? FROM chunks WHERE id = ?"
 WITHOUT = (
-    "SELECT rowid, file, heading, text FROM chunks WHERE rowid > ? AND NOT EXISTS (SELECT 1 FROM"
-    " vectors WHERE chunk = chunks.rowid AND model = ? AND dims = ?) ORDER BY rowid LIMIT ?"
+    "SELECT id, name || ', ' || heading || char(10) || text FROM chunks WHERE id > ?"
+    " AND NOT EXISTS (SELECT 1 FROM vectors WHERE chunk = id) ORDER BY id LIMIT ?"
 )
-
-
-@dataclass(frozen=True, slots=True)
-class Codes:
-    """What one version of the index has of the vectors of `dims` numbers."""
-
-    version: int = -1
-    dims: int = 0
-    passages: int = 0  # with and without a vector
-    ids: Sequence[int] = ()
-    codes: Sequence[int] = ()
-
-    @property
-    def missing(self) -> int:
-        return self.passages - len(self.ids)
-
-    @property
-    def enough(self) -> bool:
-        return bool(self.ids) and self.missing <= self.passages * LACKING
 
 
 class Vectors:
     """The vectors of `model`, "" for none, which is asked for `batch` at a time.
 
-    `report` is told how many there are.
+    `report` is told how many vectors there are.
     """
 
     def __init__(self, index: Index, model: str, batch: int, report: Callable[[str], None]) -> None:
-        self.index = index
-        self.model = model
-        self.batch = batch
-        self.report = report
-        self._codes = Codes()
-        self._dims = 0  # numbers in a vector, as the model answered last
+        self.index, self.model, self.batch, self.report = index, model, batch, report
+        self._state, self._coded = (-1, 0, None), (list[int](), list[int]())  # ids and their codes
         self._task: asyncio.Task[None] | None = None
 
     async def of_question(self, context: Context, question: str) -> array[float] | None:
         """Return the question's vector, or None where words alone must do."""
         if not self.model:
             return None
-        codes = await asyncio.to_thread(self.load)
-        if codes.missing:
+        missing = await asyncio.to_thread(self.load)
+        if missing:
             task = self.begin(context)
-            if codes.missing <= self.batch:
+            if missing <= self.batch:
                 await asyncio.wait({task}, timeout=PATIENCE)
-                codes = await asyncio.to_thread(self.load)
-        if not codes.enough:
+                missing = await asyncio.to_thread(self.load)
+        _, passages, size = self._state
+        if size is None or missing > passages * LACKING:
             return None
         try:
             (vector,) = await self._embed(context, [question])
         except Exception as exc:  # whatever the model did: the words are still there
-            context.log.warning("question has no vector: %s", exc)
+            context.log.warning("question has no vector: %s", type(exc).__name__)
             return None
-        return vector
+        if size == 4 * len(vector):
+            return vector
+        await asyncio.to_thread(self._clear)  # the model has changed
+        return None
 
-    def near(self, db: sqlite3.Connection, vector: array[float], most: int) -> list[int]:
-        """Return the ids of up to `most` passages, the nearest first."""
-        codes, own = self._codes, code(vector)
-        differ = [(own ^ other).bit_count() for other in codes.codes]
-        scores = {}
+    def near(self, db: sqlite3.Connection, vector: array[float]) -> list[int]:
+        """Return the ids of the nearest passages, the nearest first."""
+        (ids, codes), own, scores = self._coded, code(vector), {}
+        differ = [(own ^ other).bit_count() for other in codes]
         for place in nsmallest(NEAR, range(len(differ)), key=differ.__getitem__):
-            for (data,) in db.execute(VECTOR, [codes.ids[place], self.model, len(vector)]):
-                scores[codes.ids[place]] = sum(map(mul, vector, array("f", data)))
-        return sorted(scores, key=scores.__getitem__, reverse=True)[:most]
+            find = "SELECT vector FROM vectors WHERE chunk = ?"
+            for (data,) in db.execute(find, [ids[place]]):
+                scores[ids[place]] = sum(map(mul, vector, array("f", data)))
+        return sorted(scores, key=scores.__getitem__, reverse=True)
 
     async def stop(self) -> None:
         if self._task:
@@ -118,62 +94,54 @@ class Vectors:
     async def _fill(self, context: Context) -> None:
         """Embed what has no vector; a batch that fails is left to the next question."""
         last = failed = 0
-        try:
-            while failed < TRIES and (rows := await asyncio.to_thread(self._without, last)):
-                last = rows[-1][0]
-                failed = 0 if await self._fill_in(context, rows) else failed + 1
-        except Exception as exc:  # a background task: the next question begins it anew
-            logger.warning("vectors cannot be stored", extra=fields(error=exc))
-
-    async def _fill_in(self, context: Context, rows: Sequence[tuple[int, str]]) -> bool:
-        """Embed one batch and keep its vectors; tell whether the model did its part."""
-        try:
-            vectors = await self._embed(context, [text for _, text in rows])
-        except Exception as exc:  # whatever the model did: the next question asks again
-            logger.warning("passages have no vectors", extra=fields(model=self.model, error=exc))
-            self.report("passages get no vectors, the log says why")
-            return False
-        await asyncio.to_thread(self.store, [row for row, _ in rows], vectors)
-        return True
+        while failed < TRIES and (rows := await asyncio.to_thread(self._without, last)):
+            ids, texts = zip(*rows, strict=True)
+            last = ids[-1]
+            try:
+                vectors = await self._embed(context, list(texts))
+                await asyncio.to_thread(self.store, ids, vectors)
+                failed = 0
+            except Exception as exc:  # a background task: the next question goes on
+                failed += 1
+                facts = fields(model=self.model, error=f"{type(exc).__name__}: {exc}")
+                logger.warning("passages have no vectors", extra=facts)
+                self.report("passages get no vectors, the log says why")
 
     async def _embed(self, context: Context, texts: list[str]) -> list[array[float]]:
         """Return one vector for each text. Raises what `context.embed` raises, and ValueError."""
         vectors = [normalised(vector) for vector in await context.embed(texts, self.model)]
-        lengths = {len(vector) for vector in vectors}
-        if len(vectors) != len(texts) or len(lengths) != 1:
-            raise ValueError(f"{len(vectors)} vectors of {lengths} numbers for {len(texts)} texts")
-        self._dims = lengths.pop()
+        if len(vectors) != len(texts) or len(set(map(len, vectors))) != 1:
+            raise ValueError(
+                f"{len(vectors)} vectors for {len(texts)} texts, or of several lengths"
+            )
         return vectors
 
-    def load(self) -> Codes:
-        """Return what is stored, read anew where something has changed."""
+    def load(self) -> int:
+        """Read what is stored, where it has changed; return how many passages have no vector."""
         with self.index.open() as db:
-            ((version, passages),) = db.execute(STATE)
-            self._dims = self._dims or next((n for (n,) in db.execute(USUAL, [self.model])), 0)
-            if (self._codes.version, self._codes.dims) != (version, self._dims):
-                rows = db.execute(CODES, [self.model, self._dims]).fetchall()
-                ids, codes = [row for row, _ in rows], [int.from_bytes(data) for _, data in rows]
-                self._codes = Codes(version, self._dims, passages, ids, codes)
-                self._tell(len(ids), passages)
-        return self._codes
+            state = db.execute(STATE).fetchone()
+            if state != self._state:
+                rows = db.execute("SELECT chunk, code FROM vectors").fetchall()
+                codes = [int.from_bytes(data) for _, data in rows]
+                self._state, self._coded = state, ([row for row, _ in rows], codes)
+                self.report(f"{len(rows)} of {state[1]} passages have vectors")
+        return int(self._state[1]) - len(self._coded[0])
 
     def _without(self, last: int) -> list[tuple[int, str]]:
         """Return id and text of the next passages that have no vector."""
         with self.index.open() as db:
-            rows = db.execute(WITHOUT, [last, self.model, self._dims, self.batch])
-            return [(row, str(Passage(*passage))) for row, *passage in rows]
+            return db.execute(WITHOUT, [last, self.batch]).fetchall()
+
+    def _clear(self) -> None:
+        with self.index.open() as db, writing(db):
+            db.execute("DELETE FROM vectors")
 
     def store(self, ids: Sequence[int], vectors: Sequence[array[float]]) -> None:
-        with self.index.open() as db:
-            with writing(db):
-                for chunk, vector in zip(ids, vectors, strict=True):
-                    bits = code(vector).to_bytes((len(vector) + 7) // 8)
-                    row = [chunk, self.model, len(vector), bits, vector.tobytes()]
-                    db.execute(ADD, [*row, chunk])
-            ((have, passages),) = db.execute(HAVE, [self.model, self._dims])
-        self._tell(have, passages)
-
-    def _tell(self, have: int, passages: int) -> None:
+        with self.index.open() as db, writing(db):
+            for chunk, vector in zip(ids, vectors, strict=True):
+                bits = code(vector).to_bytes((len(vector) + 7) // 8)
+                db.execute(ADD, [chunk, bits, vector.tobytes(), chunk])
+            ((have, passages),) = db.execute(f"SELECT count(*), {PASSAGES} FROM vectors")
         self.report(f"{have} of {passages} passages have vectors")
 
 

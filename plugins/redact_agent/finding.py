@@ -1,91 +1,92 @@
 """Finding: what a rule is, what it finds, and how finds become places in a text.
 
-A rule prefers to find too much: a value comes back letter for letter, so that a wrong find costs
-the model a word and the user nothing. Every repetition in a pattern is bounded or possessive, and
-so the time grows with the text and no faster, whatever the text is.
+Every repetition in a pattern is bounded or possessive, so that the time grows with the text and no
+faster. A long text is searched in windows: one call into `re` holds the interpreter's lock, and a
+window takes it for a few milliseconds only.
 """
 
 from __future__ import annotations
 
+import heapq
 import re
-from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from typing import Protocol
 
-KINDS = ("NAME", "EMAIL", "PHONE", "IBAN", "CARD", "SECRET")
-SHORTEST = 6  # signs of a value that is looked for again: a shorter one is also an ordinary word
-HEAD = 64  # signs by which a longer one is known
-KEY = 16  # signs of a run that are enough to look closer
-RUN = re.compile(r"[^\W_]+")
-REST = re.compile(r"(?:[^\s\"'`<>,;(){}\[\]|]*(?<![.:?!]))?")
+from .folding import Folded
+
+WINDOW = 16_384  # signs
+BEFORE, AFTER = 256, 4_096  # signs around a window: for a label, and for values that reach beyond
+REST = re.compile(r"(?:[^\s\"'`<>,;(){}\[\]|]{0,65536}+(?<![.:?!]))?")
 
 
 @dataclass(frozen=True, slots=True)
 class Span:
-    """A value's place in a text; `told` means that only a word before it gave it away."""
+    """A value's place in a text; `labelled` means that only a word before it gave it away."""
 
     start: int
     end: int
     kind: str
-    told: bool = False
+    labelled: bool = False
+
+
+class Rule(Protocol):
+    """Finds values in a folded text."""
+
+    def find(self, text: str) -> Iterator[Span]: ...
 
 
 @dataclass(frozen=True, slots=True)
-class Rule:
-    """A pattern whose group `value` is private where `check` says so, too."""
+class Pattern:
+    """The rule that the group `value` of a pattern is private where `check` says so, too.
+
+    `sign` is a text without which there is nothing to find: to look for that is quicker.
+    """
 
     kind: str
     pattern: re.Pattern[str]
     check: Callable[[str], bool] = bool
-    told: bool = False
+    labelled: bool = False
+    sign: str = ""
+
+    def matches(self, text: str) -> Iterator[re.Match[str]]:
+        return self.pattern.finditer(text) if self.sign in text else iter(())
 
     def find(self, text: str) -> Iterator[Span]:
-        for found in self.pattern.finditer(text):
+        for found in self.matches(text):
             if self.check(found["value"]):
-                yield Span(*found.span("value"), self.kind, self.told)
+                yield Span(*found.span("value"), self.kind, self.labelled)
+
+
+def windows(text: str) -> range:
+    return range(0, len(text), WINDOW)
 
 
 def find(rules: Iterable[Rule], text: str) -> list[Span]:
-    return [span for rule in rules for span in rule.find(text)]
+    """Return the places of private values in a text of any length, in order."""
+    rules = list(rules)
+    places = (sorted(find_in_window(rules, text, at), key=order) for at in windows(text) if rules)
+    return [span for window in places for span in window]
 
 
-class Known:
-    """Finds values by their own letters: an answer repeats a password without `password:`.
-
-    A value is known by its first run of letters and digits. Behind such a run in a text one look
-    for each length is enough, however many values begin alike; and of a long value the head is
-    looked for, so that there are few lengths.
-    """
-
-    def __init__(self, values: Iterable[tuple[str, str]]) -> None:
-        """`values` are pairs of value and kind."""
-        self._kinds = {value[:HEAD]: kind for value, kind in values if len(value) >= SHORTEST}
-        places: dict[str, set[tuple[int, int]]] = defaultdict(set)
-        for head in self._kinds:
-            if run := RUN.search(head):
-                places[run[0][:KEY]].add((run.start(), len(head)))
-        self._places = dict(places)
-
-    def find(self, text: str) -> Iterator[Span]:
-        rest = 0  # where the last long value ended
-        for start, end in self._heads(text):
-            kind = self._kinds[text[start:end]]
-            if end - start == HEAD and end > rest:  # else this one is a part of that
-                rest = end + len(REST.match(text, end)[0])  # type: ignore[index]
-            yield Span(start, rest if end - start == HEAD else end, kind)
-
-    def _heads(self, text: str) -> Iterator[tuple[int, int]]:
-        for run in RUN.finditer(text) if self._places else ():
-            for before, length in self._places.get(run[0][:KEY], ()):
-                start = run.start() - before
-                if start >= 0 and text[start : start + length] in self._kinds:
-                    yield start, start + length
+def order(span: Span) -> tuple[int, int]:
+    return span.start, -span.end
 
 
-def merged(spans: Iterable[Span]) -> Iterator[Span]:
+def find_in_window(rules: Iterable[Rule], text: str, at: int) -> Iterator[Span]:
+    low, high = max(0, at - BEFORE), at + WINDOW + AFTER
+    folded = Folded(text[low:high])
+    for span in (span for rule in rules for span in rule.find(folded.text)):
+        start, end = low + folded.starts[span.start], low + folded.ends[span.end - 1]
+        if at <= start < at + WINDOW:
+            end = REST.match(text, end).end() if end == high else end  # type: ignore[union-attr]
+            yield Span(start, end, span.kind, span.labelled)
+
+
+def merged(*finds: list[Span]) -> Iterator[Span]:
     """Yield the spans in order, those that overlap as one of the longest one's kind."""
     last: Span | None = None
-    for span in sorted(spans, key=lambda span: (span.start, -span.end)):
+    for span in heapq.merge(*finds, key=order):
         if last and span.start < last.end:
             longer = max(last, span, key=lambda span: span.end - span.start)
             last = Span(last.start, max(last.end, span.end), longer.kind)

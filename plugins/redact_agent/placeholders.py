@@ -1,8 +1,8 @@
 """Placeholders: `[EMAIL_1]` in the place of a value, and the value in the place of `[EMAIL_1]`.
 
-One object serves one request. Models write a placeholder in small letters or, for Markdown, with
-backslashes before its signs (`\\[EMAIL\\_1\\]`); it is known all the same. A number that somebody
-wrote in a placeholder of his own is not used.
+One object serves one request. Models write a placeholder in many ways: in small letters, without
+brackets, with others, with a space or nothing before its number, in bold, or with backslashes for
+Markdown or JSON. It is known all the same. A number that somebody used already is not given out.
 """
 
 from __future__ import annotations
@@ -10,15 +10,30 @@ from __future__ import annotations
 import json
 import re
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from typing import Any
 
-from .finding import KINDS, Span, merged
+from .finding import Span, merged, windows
 
+KIND = "NAME|EMAIL|PHONE|IBAN|CARD|SECRET"
+OPEN = r"(?P<left>\\{0,2})(?:[\[［【〔]|(?<=\\)u005b)"
+CLOSE = r"(?P<right>\\{0,2})(?:[\]］】〕]|(?<=\\)u005d)"
+BOLD = r"[*`_ ]{0,4}"
+LINK = r"\\{0,2}[_＿ \u00a0\u2010\u2011-]"
+BARE = r"(?:(?<![A-Za-z0-9_])|(?<=\\[nrt]))"  # the letter of JSON's line break is not the word's
 SHAPE = re.compile(
-    rf"(\\{{0,2}})\[({'|'.join(KINDS)})\\{{0,2}}_([1-9]\d{{0,6}})(\\{{0,2}})\]", re.I | re.A
+    rf"{OPEN}(?P<bold>{BOLD})(?P<kind>{KIND})(?:{LINK})?(?P<number>[1-9]\d{{0,6}})(?P<end>{BOLD})"
+    rf"{CLOSE}|{BARE}(?P<word>{KIND})\\{{0,2}}_(?P<digits>[1-9]\d{{0,6}})(?=s?(?![A-Za-z0-9_]))",
+    re.I | re.A,
 )
-BEGINNING = re.compile(r"\\{0,2}(?:\[(?:[A-Z]+(?:\\{0,2}(?:_(?:\d+\\{0,2})?)?)?)?)?", re.I | re.A)
-LONGEST = 24  # signs of a placeholder with all its backslashes
+HALF = r"\\{0,2}(?:(?<=\\)u(?:0(?:05?)?)?)?"  # of a bracket in JSON
+BEGINNING = re.compile(
+    rf"{OPEN}{BOLD}(?P<kind>[A-Z]{{0,6}})(?:{LINK}|\\{{1,2}})?(?P<number>\d{{0,7}}){BOLD}{HALF}"
+    rf"|{BARE}(?P<word>[A-Z]{{1,6}})\\{{0,2}}_?(?P<digits>\d{{0,7}})s?|(?=\\){HALF}",
+    re.I | re.A,
+)
+LONGEST = 40  # signs of a placeholder with all its decoration
+LETTERS = re.compile(r"(?:\\{1,4}u[0-9a-fA-F]{4})+")  # as JSON may escape them
 
 
 class Placeholders:
@@ -26,62 +41,96 @@ class Placeholders:
 
     def __init__(self, texts: Iterable[str], *, escaped: bool) -> None:
         self._escaped = escaped
-        self._taken = {key(found) for text in texts for found in SHAPE.finditer(text)}
+        self._taken = {name_of(found) for text in texts for found in shapes(text)}
         self._numbers: Counter[str] = Counter()
         self._of: dict[str, str] = {}  # value to placeholder
-        self._values: dict[str, str] = {}  # placeholder to what is put in its place
-        self._beginnings: set[str] = set()
+        self._values: dict[str, str] = {}  # placeholder, without brackets, to value
+        self._beginnings: set[str] = {""}
         self._held = ""
+        self._before = ""  # the last signs of what was sent already
 
-    def hide(self, text: str, spans: Iterable[Span]) -> str:
-        """Return `text` with a placeholder for each span."""
+    def hide(self, text: str, *finds: list[Span]) -> str:
+        """Return `text` with a placeholder for each span of what `find` found."""
         pieces, at = [], 0
-        for span in merged(spans):
-            value = text[span.start : span.end]
+        for span in merged(*finds):
+            value = LETTERS.sub(unescaped, text[span.start : span.end])
             pieces += [text[at : span.start], self._of.get(value) or self._new(span.kind, value)]
             at = span.end
         return "".join([*pieces, text[at:]])
 
     def _new(self, kind: str, value: str) -> str:
-        while True:
+        name = ""
+        while not name or name in self._taken:
             self._numbers[kind] += 1
-            placeholder = f"[{kind}_{self._numbers[kind]}]"
-            if placeholder not in self._taken:
-                break
-        self._of[value] = placeholder
-        shown = json.dumps(value, ensure_ascii=False)[1:-1] if self._escaped else value
-        self._values[placeholder] = shown
-        self._beginnings |= {placeholder[:length] for length in range(len(placeholder))}
-        return placeholder
+            name = f"{kind}_{self._numbers[kind]}"
+        self._of[value] = f"[{name}]"
+        self._values[name] = value
+        self._beginnings |= {name[:length] for length in range(len(name) + 1)}
+        return self._of[value]
+
+    def restore(self, value: Any) -> Any:
+        """Return a JSON value with the values in every text of it, keys of objects included."""
+        if isinstance(value, str):
+            return SHAPE.sub(lambda found: self._value(found, escaped=False), value)
+        if isinstance(value, list):
+            return [self.restore(item) for item in value]
+        if isinstance(value, dict):
+            return {self.restore(key): self.restore(item) for key, item in value.items()}
+        return value
 
     def feed(self, text: str) -> str:
         """Return the next piece of the answer with its values, and hold back what may still
         become a placeholder."""
         text = self._held + text
-        cut = self._cut(text)
+        cut = self._cut(self._before + text) - len(self._before)
         self._held = text[cut:]
-        return SHAPE.sub(self._value, text[:cut])
+        return self._restored(text[:cut])
 
     def end(self) -> str:
-        """Return what was held back: it did not become one."""
+        """Return what was held back."""
         held, self._held = self._held, ""
-        return held
+        return self._restored(held)
 
-    def _value(self, found: re.Match[str]) -> str:
-        value = self._values.get(key(found))
+    def _restored(self, text: str) -> str:
+        at, text = len(self._before), self._before + text
+        pieces = []
+        for found in SHAPE.finditer(text, at):
+            pieces += [text[at : found.start()], self._value(found, escaped=self._escaped)]
+            at = found.end()
+        self._before = text[-2:]
+        return "".join([*pieces, text[at:]])
+
+    def _value(self, found: re.Match[str], *, escaped: bool) -> str:
+        value = self._values.get(name_of(found))
         if value is None:
             return found[0]
+        if escaped:
+            value = json.dumps(value, ensure_ascii=False)[1:-1]
+        if found["word"]:
+            return value
         # A backslash on one side only is not Markdown's: it is that of a path.
-        return value if found[1] == found[4] else found[1] + value
+        left = "" if found["left"] == found["right"] else found["left"]
+        return left + found["bold"].strip() + value + found["end"].strip()
 
     def _cut(self, text: str) -> int:
         """Return where the beginning of a placeholder stands at the end of a text."""
-        for at in range(max(0, len(text) - LONGEST), len(text)):
-            if text[at] in "\\[" and BEGINNING.fullmatch(text, at):
-                if text[at:].replace("\\", "").upper() in self._beginnings:
-                    return at
+        for at in range(max(len(self._before), len(text) - LONGEST), len(text)):
+            found = BEGINNING.fullmatch(text, at)
+            if found and name_of(found).rstrip("_") in self._beginnings:
+                return at
         return len(text)
 
 
-def key(found: re.Match[str]) -> str:
-    return f"[{found[2].upper()}_{found[3]}]"
+def shapes(text: str) -> Iterator[re.Match[str]]:
+    """Yield what looks like a placeholder, also twice; a window after the other, as `find` does."""
+    for at in windows(text):
+        yield from SHAPE.finditer(text[at : at + windows(text).step + LONGEST])
+
+
+def name_of(found: re.Match[str]) -> str:
+    kind, number = found["kind"] or found["word"] or "", found["number"] or found["digits"] or ""
+    return f"{kind.upper()}_{number}"
+
+
+def unescaped(found: re.Match[str]) -> str:
+    return bytes.fromhex(re.sub(r"\\+u", "", found[0])).decode("utf-16-be", "replace")

@@ -6,15 +6,19 @@
     /remember:forget=3                    forgets one
 
 Where keys are used each key has notes of its own, without keys all users share them. An agent that
-is always on adds notes to every conversation, and still notes only what it is told to.
+is always on adds notes to every conversation, and still notes only what it is told to, unless the
+operator sets `auto = true`: then the model is asked after each answer what is worth keeping.
 """
 
 from __future__ import annotations
 
+import asyncio
+import json
 import re
 from collections.abc import Sequence
+from typing import Any
 
-from kernel.agent import BaseAgent, Payload, Reply, add_context, prompt
+from kernel.agent import BaseAgent, Payload, Reply, add_context
 
 from .notes import Note, Notes
 
@@ -25,25 +29,36 @@ USAGE = """\
 /remember:list: lists your notes
 /remember:forget=3: forgets note 3"""
 INSTRUCTION = "These are notes of mine, the newest last. Use those that help with what follows."
+NOT_NOTED = "What follows was not noted."
 NOTHING = "None of my notes fits what follows, and nothing new was noted."
+UNDER = "(Nothing was noted. To keep a note, begin with: /remember that)"
+NO_EFFECT = "/explain changes nothing: without it, this would note or forget something."
+AUTO = (
+    "List what the user tells about themselves that is worth keeping for later conversations:"
+    " names, places, dates, preferences, plans. One short sentence each, in the user's language."
+    " Leave out questions, small talk and what the assistant says. Mostly there is nothing: []."
+)
+FACTS = {"type": "array", "items": {"type": "string"}, "maxItems": 3}
+FORMAT = {"type": "object", "properties": {"facts": FACTS}, "required": ["facts"]}
 
 
 class Remember(BaseAgent):
     """Keeps short notes, and gives the model those that fit."""
 
     notes: Notes
+    answer: list[str]  # its pieces
 
-    # Both are `def`, so that the disk is waited for in a thread and never on the loop.
+    # It is `def`, as `obey` and `kept` are, so that the disk is waited for in a thread.
     def setup(self) -> None:  # type: ignore[override]
         for name, limit in self.settings.items():
-            if not limit > 0:
+            if not limit > 0 and name != "auto":
                 raise ValueError(f"settings: {name}: {limit} must be above 0")
         if self.settings["max_context"] < self.settings["max_chars"]:
             raise ValueError("settings: max_context must have room for a note of max_chars")
         self.notes = Notes(self.data_dir / "notes.db")
 
     def on_request(self, payload: Payload) -> Payload:  # type: ignore[override]
-        text = prompt(payload).strip()
+        text, self.answer = self.context.prompt.strip(), []
         if self.context.continuation:
             return payload
         if self.context.asked and (answer := self.obey(text)):
@@ -52,27 +67,31 @@ class Remember(BaseAgent):
             return payload
         found = self.notes.find(self.context.user, text, self.settings["max_matches"])
         lines = fitting(found, self.settings["max_context"])
-        if lines:
-            return add_context(payload, "\n".join([INSTRUCTION, *lines]))
-        return add_context(payload, NOTHING) if self.context.asked else payload
+        if self.context.asked:
+            lines = [*lines, NOT_NOTED] if lines else []
+            return add_context(payload, "\n".join([INSTRUCTION, *lines]) if lines else NOTHING)
+        return add_context(payload, "\n".join([INSTRUCTION, *lines])) if lines else payload
 
     def obey(self, text: str) -> str:
         """Do what the model has no part in and return what to say, or "" where it is asked."""
-        if self.arguments["forget"]:
-            return self.forget(self.arguments["forget"])
+        found, forget = NOTE.fullmatch(text), self.arguments["forget"]
         if self.arguments["do"]:
             return self.listed() if self.arguments["do"].lower() == "list" else USAGE
-        found = NOTE.fullmatch(text)
-        return self.note(" ".join((found[1] or "").split())) if found else ""
+        if (found or forget) and self.context.explaining:
+            return NO_EFFECT
+        if forget:
+            text = self.notes.forget(self.context.user, forget) or ""
+            return f"Forgotten: {text}" if text else f"There is no note {forget}."
+        return self.note(found[1] or "") if found else ""
 
     def note(self, text: str) -> str:
-        most = self.settings["max_chars"]
+        text, most = " ".join(text.split()), self.settings["max_chars"]
         if not text:
             return USAGE
         if len(text) > most:
             return f"Not noted: a note has at most {most} characters, this one has {len(text)}."
-        number = self.notes.add(self.context.user, text, self.settings["max_notes"])
-        if number is None:
+        number, _ = self.notes.add(self.context.user, text, self.settings["max_notes"])
+        if not number:
             return "Not noted: there is no room for more notes. /remember:forget=1 forgets note 1."
         return f"Noted as {number}: {text}"
 
@@ -81,9 +100,41 @@ class Remember(BaseAgent):
         lines = [f"- {note.number}: {note.text}" for note in self.notes.all(self.context.user)]
         return "\n".join(lines) or "There are no notes."
 
-    def forget(self, number: int) -> str:
-        text = self.notes.forget(self.context.user, number)
-        return f"There is no note {number}." if text is None else f"Forgotten: {text}"
+    async def on_chunk(self, text: str) -> str:
+        self.answer.append(text)
+        return text
+
+    async def on_end(self) -> str:
+        prompt, answer = self.context.prompt.strip(), "".join(self.answer)
+        lines: list[str] = []
+        if self.settings["auto"] and not self.context.explaining and self.context.finish == "stop":
+            facts = await self.facts(prompt, answer) if prompt else []
+            lines = await asyncio.to_thread(self.kept, facts)
+        elif self.context.asked and answer.strip() and not self.context.continuation:
+            lines = [UNDER] * (prompt[-1:] not in "?？؟;")
+        return "".join(f"\n\n{line}" for line in lines)
+
+    async def facts(self, prompt: str, answer: str) -> list[Any]:
+        """Ask the model what is worth keeping; it may answer anything, or not at all."""
+        messages = [
+            {"role": "system", "content": AUTO},
+            {"role": "user", "content": f"User: {prompt}\n\nAssistant: {answer}"},
+        ]
+        try:
+            message = await self.context.message(messages, format=FORMAT, temperature=0)
+            return list(json.loads(message["content"])["facts"])
+        except Exception as exc:  # the answer stands without it
+            self.context.log.warning("nothing was noted: %s", type(exc).__name__)
+            return []
+
+    def kept(self, facts: list[Any]) -> list[str]:
+        """Note what is new, and return what to say of it."""
+        lines = []
+        for fact in facts[:3]:
+            text = " ".join(str(fact).split())[: self.settings["max_chars"]]
+            number, new = self.notes.add(self.context.user, text, self.settings["max_notes"])
+            lines += [f"(Noted as {number}: {text})"] * bool(new and text)
+        return lines
 
 
 def fitting(notes: Sequence[Note], room: int) -> list[str]:

@@ -1,211 +1,140 @@
-"""Text: what a person would read of a page, as lines.
+"""Text: what a person would read of a page, as lines, much like Markdown.
 
-`html.parser` is not used: what it does with 80 kB of `<a <a <a ` takes a minute, in time that grows
-with the square of the length, and a thread cannot be stopped. Here each character is looked at
-once: what is never closed goes on to the end of the page, as in a browser. There is no tree and no
-recursion, so nesting costs nothing.
+Lexbor (by selectolax) parses HTML as browsers do, and like theirs its time and memory grow with the
+square of the length for pages made to hurt: 34 kB of bold text cost 3 GB. So it gets only the tags
+of what is left out, without attributes, and not too many; other tags become signs before that.
 """
 
 from __future__ import annotations
 
-import codecs
-import html
+import itertools
+import json
 import re
-from dataclasses import dataclass, field
+from pathlib import Path
+
+import charset_normalizer
+from selectolax.lexbor import LexborHTMLParser
+
+from .rules import FetchError
 
 HTML = ("text/html", "application/xhtml+xml")
+NOISE = "aside audio button canvas datalist dialog footer iframe math nav noframes noscript object"
+NOISE += " select svg template textarea video"
+KEPT = {*NOISE.split(), "head", "title", "pre"}
+MOST_TAGS = 20_000  # of a page; if it nests them all, Lexbor needs half a second
+# The signs that stand for tags: a line's end, a space of <pre>, a mark's end (no line ends behind
+# it), a cell's begin (no line ends before it), a row's begin.
+LINE, INDENT, MARK, CELL, ROW = "\1\2\3\4\5"
+LINES = "address article blockquote body br caption dd details div dl dt fieldset figcaption figure"
+LINES += " form header hr legend li main ol p pre section summary table tr ul h1 h2 h3 h4 h5 h6"
+SIGNS = {name: LINE for tag in LINES.split() for name in (tag, f"/{tag}")}
+SIGNS |= {f"h{level}": f"{LINE}{'#' * level} {MARK}" for level in range(1, 7)}
+SIGNS |= {
+    "li": f"{LINE}- {MARK}",
+    "/li": ROW,
+    "tr": ROW,
+    "td": f"{CELL}| {MARK}",
+    "th": f"{CELL}| {MARK}",
+}
 
-# A tag, as the HTML standard cuts it: quotes count only behind an equals sign.
-TAG = re.compile(
-    r"""<(/?[a-z][^\s/>]*+)(?:[^>=]++|=\s*+(?:"[^"]*+"|'[^']*+'|(?!["'])[^\s>]*+))*+>""",
-    re.IGNORECASE,
+# A comment, a script or a tag, as the HTML standard cuts them: quotes count only behind an equals
+# sign, and whatever is never closed goes on to the end. So each character is looked at once.
+TOKEN = re.compile(
+    r"<!--(?:-?>|.*?(?:--!?>|\Z))"
+    r"|<(?:script|style)(?=[\s/>]).*?(?:</(?:script|style)(?=[\s/>])[^>]*>?|\Z)"
+    r"|<(?P<tag>/?[a-z][^\s/>]*+)(?:[^>=]++"
+    r"""|=\s*+(?:"[^"]*+(?:"|\Z)|'[^']*+(?:'|\Z)|(?!["'])[^\s>]*+))*+(?:>|\Z)""",
+    re.IGNORECASE | re.DOTALL,
 )
-MARKUP = re.compile(r"<(?:/?[a-z]|[!?/])", re.IGNORECASE)  # any other < is text
-
-RAW = frozenset(("script", "style", "textarea", "title"))  # no markup in them
-NOISE = frozenset(
-    "aside audio button canvas dialog footer iframe nav noscript object select svg template video"
-    "".split()
-)
-BLOCKS = frozenset(
-    "address article blockquote body br caption dd details div dl dt fieldset figcaption figure"
-    " form h1 h2 h3 h4 h5 h6 head header hr legend li main ol option p pre section summary table"
-    " tbody tfoot thead tr ul".split()
-)
-MARKS = {"li": "- "} | {f"h{level}": f"{'#' * level} " for level in range(1, 7)}
-CELLS = ("td", "th")
-TITLE = 200  # characters of it
-
-PIECE = 2**15  # characters: while one is searched, all other threads stand still
 SPACE = re.compile(r"\s+")
-# html.unescape() fails on a number of more than 4300 digits; no character needs more than 7.
-LONG_NUMBER = re.compile(r"&#[0-9]{8,};?")
-# Control characters, those that turn the direction of text, and those that nobody can see but a
+PRE = re.compile(r"<pre>.*?(?:</pre>|\Z)", re.DOTALL)
+# Control characters, those that turn the direction of text, and those that no reader can see but a
 # model reads (tags): a page could hide a text for the model in them.
 UNSEEN = re.compile(
     "[\0-\x08\x0e-\x1b\x7f-\x84\x86-\x9f\u202a-\u202e\u2066-\u2069\ufeff\U000e0000-\U000e007f]"
 )
 
-# The charsets of the web; others (utf-7, punycode) are attacks, or cost time.
-CHARSETS = re.compile(
-    "utf-8|utf-16(?:le|be)?|iso-8859-(?:[2-9]|1[013-6])|windows-125[0-8]|koi8-[ru]"
-    "|gb2312|gbk|gb18030|big5|shift_jis|euc-jp|euc-kr"
-)
-SAME = {"utf8": "utf-8", "iso-8859-1": "windows-1252", "us-ascii": "windows-1252"}
-BOMS = {
-    codecs.BOM_UTF8: "utf-8-sig",
-    codecs.BOM_UTF16_LE: "utf-16",
-    codecs.BOM_UTF16_BE: "utf-16",
-}
+# The labels of https://encoding.spec.whatwg.org/#names-and-labels by the codec that Python has for
+# them, mostly one with more characters. Others (utf-7, punycode) are attacks, or cost time.
+LABELS: dict[str, str] = json.loads(Path(__file__).with_name("labels.json").read_text("utf-8"))
+CODECS = {label: codec for codec, labels in LABELS.items() for label in labels.split()}
+# What is guessed, in two turns: where the second fits, the first may, too.
+SCRIPTS = "cp1252 cp932 euc_jp gb18030 big5hkscs cp949 cp1251 koi8_r koi8_u cp1253 cp1254 cp1255"
+GUESSES = {0.2: f"{SCRIPTS} cp1256 cp874".split(), 0.5: ["cp1250", "iso8859_2", "cp1257"]}
+BOMS = {b"\xef\xbb\xbf": "utf-8-sig", b"\xff\xfe": "utf-16", b"\xfe\xff": "utf-16"}
 DECLARED = re.compile(rb"(?:charset|encoding)\s*=\s*[\"']?([\w.:-]+)", re.IGNORECASE)
+MARKUP = re.compile(rb"<[^<>]*>")
+ASCII = re.compile(rb"[\0-\x7f]+")
+JIS = re.compile(rb"\x1b\$[@B]")  # here Japanese begins
 HEAD = 1024  # bytes in which a page declares its charset
+SAMPLE = 20_000  # bytes of which a charset is guessed
 
 
-@dataclass(frozen=True, slots=True)
-class Text:
-    """A page as text."""
+def read_text(body: bytes, kind: str, charset: str, most: int) -> tuple[str, str, bool]:
+    """Return title and text of a page, up to `most` characters, and whether there is more of it.
 
-    title: str
-    text: str
-    cut: bool  # there is more of it
-
-
-def read_text(body: bytes, kind: str, charset: str, most: int) -> Text:
-    """Return up to `most` characters of a page.
-
-    `kind` is its type without parameters, `charset` what its header says, or "".
+    `kind` is its type without parameters, `charset` what its header says, or "". Raises FetchError.
     """
-    text = decode(body, kind, charset)
+    text, title = UNSEEN.sub("", decode(body, kind, charset)), ""
     if kind in HTML:
-        return read_html(text, most)
-    lines = Lines(most, pre=True)
-    lines.add(text)
-    return lines.finish()
+        title, text = parts_of(text)
+    text = "\n".join(line.rstrip() for line in text.splitlines()).strip("\n")
+    return title, text[:most].rstrip(), len(text) > most
+
+
+def parts_of(page: str) -> tuple[str, str]:
+    """Return title and text of a page in HTML."""
+    numbers = itertools.count()
+
+    def sign(found: re.Match[str]) -> str:
+        name = (found["tag"] or "").lower()
+        kept = name.removeprefix("/") in KEPT and next(numbers) < MOST_TAGS
+        return SIGNS.get(name, "") + (f"<{name}>" if kept else "")
+
+    page = PRE.sub(lambda pre: pre[0].translate({10: LINE, 32: INDENT}), TOKEN.sub(sign, page))
+    tree = LexborHTMLParser(page)
+    title = tree.css_first("head > title")
+    tree.strip_tags(NOISE.split())
+    text = SPACE.sub(" ", tree.body.text() if tree.body else "")
+    text = re.sub(rf"(?<![ {LINE}])[ {LINE}]*+{CELL}", " ", text)
+    text = re.sub(rf"{MARK}[ {LINE}]*", "", text)
+    text = re.sub(rf" *[{LINE}{ROW}][ {LINE}{ROW}]*", "\n", text).replace(INDENT, " ")
+    named = SPACE.sub(" ", UNSEEN.sub("", title.text() if title else ""))
+    return named.strip()[:200], UNSEEN.sub("", text)
 
 
 def decode(body: bytes, kind: str, charset: str) -> str:
-    """Return the characters: by its first bytes, the header, what HTML declares, else UTF-8."""
+    """Return the characters of a page. Raises FetchError where no charset fits.
+
+    Its first bytes count most, then the header, then what HTML declares. A label that does not fit
+    is not believed, nor Latin-1 (servers say it that were told nothing) where few letters are
+    Latin, and no label counts against UTF-8 or ISO-2022-JP, which no other text looks like.
+    """
     for bom, name in BOMS.items():
         if body.startswith(bom):
             return body.decode(name, "replace")
-    declared = DECLARED.search(body[:HEAD]) if kind in HTML else None
-    inside = declared[1].decode("ascii", "replace") if declared else ""
+    found = DECLARED.search(body[:HEAD]) if kind in HTML else None
+    labels = [charset.lower(), found[1].decode("ascii", "replace").lower() if found else ""]
+    names = [CODECS[label] for label in labels if label in CODECS]
     # A declaration that can be read byte by byte is none of UTF-16.
-    names = charset, "" if inside.lower().startswith("utf-16") else inside
-    return body.decode(next(filter(None, map(known, names)), "utf-8"), "replace")
+    names = [name for name in names if name[:6] != "utf-16" or name != CODECS.get(labels[1])]
+    utf_8 = body.decode("utf-8", "replace")
+    is_utf_8 = "\ufffd" not in utf_8 and len(body) - len(utf_8) > 2  # two: of another charset?
+    sample = MARKUP.sub(b" ", body[: 10 * SAMPLE])[:SAMPLE]
+    if len(ASCII.sub(b"", sample)) * 5 > len(sample):
+        names = [name for name in names if name != "cp1252"]
+    sure = ["utf-8"] if is_utf_8 else ["iso2022_jp"] if JIS.search(body) else []
+    for name in (*sure, *names, "utf-8"):
+        text = body.decode(name, "replace")
+        if text.count("\ufffd") * 100 <= len(text):
+            return text
+    return body.decode(guess(sample), "replace")
 
 
-def known(charset: str) -> str:
-    """Return Python's name of a charset of the web, or ""."""
-    name = charset.lower()
-    name = SAME.get(name, name)
-    return name if CHARSETS.fullmatch(name) else ""
-
-
-@dataclass(slots=True)
-class Lines:
-    """Text that grows line by line; blank lines and white space are folded."""
-
-    most: int  # characters
-    pre: bool = False  # inside of <pre>: as it stands
-    mark: str = ""  # what the next line begins with
-    more: bool = False  # than was taken
-    size: int = 0
-    parts: list[str] = field(default_factory=list)
-
-    @property
-    def full(self) -> bool:
-        return self.size > 2 * self.most  # up to half of it are spaces, which fall away at the end
-
-    def add(self, text: str) -> None:
-        for at in range(0, len(text), PIECE):
-            if self.full:
-                self.more |= not text[at:].isspace()
-                return
-            self._add(text[at : at + PIECE])
-
-    def _add(self, text: str) -> None:
-        text = UNSEEN.sub("", text)
-        if not self.pre:
-            text = SPACE.sub(" ", text)
-            if not self.parts or self.parts[-1].endswith(("\n", " ")):
-                text = text.lstrip()
-        if text:
-            text, self.mark = self.mark + text, ""
-            self.parts.append(text)
-            self.size += len(text)
-
-    def end_line(self) -> None:
-        if self.parts and not self.parts[-1].endswith("\n"):
-            self.parts.append("\n")
-
-    def finish(self, title: str = "") -> Text:
-        text = "\n".join(line.rstrip() for line in "".join(self.parts).splitlines()).strip("\n")
-        return Text(title, text[: self.most].rstrip(), self.more or len(text) > self.most)
-
-
-def read_html(page: str, most: int) -> Text:
-    """Return title and text of a page in HTML, however it is broken."""
-    lines, title, at = Lines(most), "", 0
-    unclosed: set[str] = set()  # noise that is not closed from here on: not searched for again
-    while at < len(page) and not lines.full:
-        text, tag, at = next_piece(page, at)
-        lines.add(unescape(text))
-        mark_up(lines, tag)
-        if tag in RAW or tag in NOISE - unclosed:
-            end = find_end(page, tag, at)
-            if end is None:
-                unclosed.add(tag)
-                continue
-            if tag == "title" and not title:
-                title = SPACE.sub(" ", UNSEEN.sub("", unescape(page[at:end]))).strip()[:TITLE]
-            at = end
-    lines.more |= at < len(page)
-    return lines.finish(title)
-
-
-def next_piece(page: str, at: int) -> tuple[str, str, int]:
-    """Return the text from `at` on, the tag behind it, and where that ends.
-
-    An end tag is "/p", and so is a tag that closes itself; what is no tag is "".
-    """
-    markup = MARKUP.search(page, at)
-    if not markup:
-        return page[at:], "", len(page)
-    start = markup.start()
-    text = page[at:start]
-    if page.startswith("<!--", start):
-        return text, "", past(page, "-->", start + 2)  # <!--> is a whole one
-    if found := TAG.match(page, start):
-        closes = found[0].endswith("/>") and not found[1].startswith("/")
-        return text, f"{'/' * closes}{found[1].lower()}", found.end()
-    is_tag = markup[0][-1].isalpha()  # and one that is never closed
-    return text, "", len(page) if is_tag else past(page, ">", start)
-
-
-def past(page: str, end: str, at: int) -> int:
-    found = page.find(end, at)
-    return len(page) if found < 0 else found + len(end)
-
-
-def find_end(page: str, tag: str, at: int) -> int | None:
-    """Return where the end tag stands; script and the like go on to the end without one."""
-    found = re.compile(rf"</{tag}(?=[\s/>])", re.IGNORECASE).search(page, at)
-    if found:
-        return found.start()
-    return len(page) if tag in RAW else None
-
-
-def mark_up(lines: Lines, tag: str) -> None:
-    """Let a tag change how the text goes on."""
-    name = tag.removeprefix("/")
-    if name in CELLS:
-        lines.add(" ")
-    elif name in BLOCKS:
-        lines.end_line()
-        lines.mark = MARKS.get(tag, "" if name in MARKS else lines.mark)
-        lines.pre = tag == name if name == "pre" else lines.pre
-
-
-def unescape(text: str) -> str:
-    return html.unescape(LONG_NUMBER.sub("\ufffd", text))
+def guess(sample: bytes) -> str:
+    """Return the charset that a text is most likely in. Raises FetchError."""
+    for chaos, names in GUESSES.items():
+        found = charset_normalizer.from_bytes(sample, cp_isolation=names, threshold=chaos).best()
+        if found:
+            return found.encoding
+    raise FetchError("it is no text, or in a charset that it does not name")

@@ -1,16 +1,15 @@
-"""The RAG agent, loaded as the proxy loads it, over real files and a real SQLite file.
+"""The RAG agent over real files and a real SQLite file.
 
-First comes what a request becomes and what is put under the answer, then the files and the index,
-then vectors, from an embedding model that knows some words, and last the agent in the proxy.
-`write` gives each file a time of its own, and a question waits until the folder is read, unless
-`wait` says otherwise: so no test depends on a clock.
+First comes how files are read and cut, then what a request becomes and what is put under the
+answer, then how the folders are followed and the index heals, and last vectors, from an embedding
+model that knows some words. `write` gives each file a time of its own, and a question waits until
+the folder is read, unless `wait` says otherwise: so no test depends on a clock.
 """
 
 from __future__ import annotations
 
 import asyncio
 import copy
-import importlib.util
 import itertools
 import json
 import logging
@@ -27,34 +26,24 @@ import threading
 import time
 import tomllib
 from array import array
-from collections.abc import AsyncIterator, Callable, Iterator
-from contextlib import ExitStack, asynccontextmanager, closing, contextmanager, suppress
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import asynccontextmanager, closing, suppress
 from pathlib import Path
 from typing import Any
 
-import anyio
-import httpx
 import pytest
-from starlette.applications import Starlette
-from starlette.requests import Request
-from starlette.responses import Response
-from starlette.routing import Route
 
-import demo
-from kernel.agent import BaseAgent, Clock, Context, Payload
-from kernel.client import OllamaClient
-from kernel.config import PluginsConfig, parse_upstream
-from kernel.plugin import Plugin
-from kernel.registry import PluginRegistry
+from kernel.agent import Context, Payload, Reply
+from plugins.rag_agent.agent import INSTRUCTION, NOTHING, Rag
 from plugins.rag_agent.index import Index, is_damage, put
+from plugins.rag_agent.passages import CHUNK, passages
+from plugins.rag_agent.reader import Unreadable, decoded, read
 from plugins.rag_agent.vectors import Vectors, normalised
-from plugins.rag_agent.words import fused
-from tests.support import FakeOllama, running, said, write_agent
-from tests.support import turn as chat
 
-ROOT = Path(__file__).parents[2]
-PLUGINS = ROOT / "plugins"
+FOLDER = Path(__file__).parents[2] / "plugins/rag_agent"
+CONFIG = json.loads((FOLDER / "config.json").read_text(encoding="utf-8"))
 TIMES = itertools.count(1_700_000_000)
+NOT_FOUND = "\n\n(Nothing found in the folder.)"
 MINUTES = """\
 # Minutes
 
@@ -82,64 +71,254 @@ def notes(tmp_path: Path) -> Path:
     return tmp_path / "notes"
 
 
+def cut(text: str | bytes, suffix: str = ".md") -> list[tuple[str, str]]:
+    """Return (headings, text) of the passages of a file."""
+    blocks, _ = read(text.encode() if isinstance(text, str) else text, suffix)
+    return list(passages(blocks))
+
+
+@pytest.mark.parametrize(
+    ("text", "headings"),
+    [
+        ("# A\n\nx\n\n## B ##\n\ny\n\n# C\n", ["A", "A > B", "C"]),
+        (
+            "# Decided\n## We keep it\n## We sell it\n",
+            ["Decided > We keep it", "Decided > We sell it"],
+        ),
+        ("A\n=\n\nx\n\nB\n---\ny\n", ["A", "A > B"]),
+        ("# A\n---\nx\n", ["A"]),
+        ("````md\n```\n# no\n```\n````\n", [""]),
+        ("~~~ sh\n# no\n~~~~\n# A\n", ["", "A"]),
+        ("``` sh\n# never closed\n", [""]),
+        ("    # code\n", [""]),
+        ("<!-- x\n# no\n\n# no\n-->\n# A <!-- no -->\n", ["A"]),
+        ("---\ntitle: x\n# no\ntags: [a]\n---\n# A\n", ["", "A"]),
+        ("---\n# no\ntitle: x\n...\nText\n", [""]),
+        ("+++\ntitle = 'x'\n# no\n+++\n# A\n", ["", "A"]),
+        ("---\n\n# A\n\n---\n\n# B\n", ["A", "B"]),
+        ("> # quoted\n\n- item\n  # item\n", [""]),
+        ('<h2 align="center">A</h2>\n\n# B\n', ["A", "B"]),
+        (f"# {'x' * 500}\n", ["x" * 120]),
+    ],
+)
+def test_headings_are_those_of_markdown(text: str, headings: list[str]) -> None:
+    assert list(dict.fromkeys(heading for heading, _ in cut(text))) == headings
+
+
+@pytest.mark.parametrize(
+    ("text", "heading"),
+    [
+        ("On otters\n\nThey swim.\n", "On otters"),
+        ("Dear otter,\n\nThey swim.\n", ""),
+        ("An otter and\na yak\n\nThey swim.\n", ""),
+        ("# An otter\n", ""),
+    ],
+)
+def test_a_first_line_that_stands_alone_is_the_title_of_a_text(text: str, heading: str) -> None:
+    assert [heading for heading, _ in cut(text, ".txt")] == [heading]
+
+
+PAGE = """\
+<!DOCTYPE html><html><head><title>Animals</title><style>otter { color: red }</style></head>
+<body><nav><a href="/">otter</a></nav><!-- otter --><script>otter("<p>")</script>
+<h1 class="a > b">Otters &amp; <em>yaks</em></h1><p>They<br>swim, 5 &lt; 6.</p>
+<h2>Food</h2><ul><li>fish</li><li>frogs</ul><table><tr><th>a<th>b<tr><td>3<td>4</table>
+<pre>def x():
+    pass</pre></body></html>
+"""
+
+
+def test_of_a_page_of_html_what_one_reads_is_kept() -> None:
+    assert cut(PAGE, ".html") == [
+        ("Otters & yaks", "They\nswim, 5 < 6."),
+        ("Otters & yaks > Food", "- fish\n- frogs\n\na | b\n3 | 4\n\ndef x():\n    pass"),
+    ]
+    assert cut(PAGE.replace("h1", "p"), ".HTM".lower())[0] == (
+        "Animals",
+        "Otters & yaks\n\nThey\nswim, 5 < 6.",
+    )
+
+
+@pytest.mark.parametrize("start", ["<a ", '<a "', "<!--", "<script>", "<nav><nav ", "</", "<p a='"])
+def test_a_broken_page_costs_no_more_time_than_a_good_one(start: str) -> None:
+    began = time.monotonic()
+    with suppress(Unreadable):
+        cut(f"<p>otter</p>{start * 100_000}", ".html")
+
+    assert time.monotonic() - began < 5
+
+
+@pytest.mark.parametrize("suffix", [".md", ".html"])
+def test_each_part_of_a_long_table_has_its_head(suffix: str) -> None:
+    rows = [f"| row {number} | {'value ' * 9} |" for number in range(60)]
+    text = "\n".join(["# Prices", "", "| item | price |", "|---|---|", *rows])
+    if suffix == ".html":
+        cells = "".join(f"<tr><td>row {n}<td>{'value ' * 9}" for n in range(60))
+        text = f"<h1>Prices</h1><table><tr><th>item<th>price{cells}</table>"
+
+    parts = [text for _, text in cut(text, suffix)]
+
+    assert len(parts) > 3 and all(part.lstrip("| ").startswith("item | price") for part in parts)
+    assert [int(n) for part in parts for n in re.findall(r"row (\d+)", part)] == list(range(60))
+
+
+@pytest.mark.parametrize(
+    ("text", "end"),
+    [(" ".join(f"Otter {n} swims in the river." for n in range(200)), "river.")]
+    + [("獺は川で泳ぎます。" * 300, "ます。"), ("x" * 5000, "x")],
+)
+def test_a_long_text_is_cut_between_sentences_or_anywhere(text: str, end: str) -> None:
+    parts = [part for _, part in cut(text, ".txt")]
+
+    assert len(parts) > 2 and all(part.endswith(end) and len(part) <= CHUNK for part in parts)
+    assert "".join("".join(parts).split()) == "".join(text.split())
+
+
+ENCODED = [
+    ("gb18030", "春天的花园里开满了花。"),
+    ("gb18030", "# 会议记录\n\n我们决定修理温室。下次会议在六月举行。"),
+    ("big5", "我們決定修理溫室。下次會議在六月舉行。"),
+    ("cp932", "会議で雨水タンクを買うことに決めました。"),
+    ("euc_jp", "会議で雨水タンクを買うことに決めました。"),
+    ("cp949", "우리는 온실을 수리하기로 결정했습니다. 다음 회의는 6월입니다."),
+    ("cp1251", "Привет, мир"),
+    ("cp1251", "На собрании решили купить бочку для дождевой воды."),
+    ("koi8_r", "На собрании решили купить бочку для дождевой воды. Следующее собрание в июне."),
+    (
+        "cp1250",
+        "Postanowiliśmy kupić beczkę na deszczówkę. Następne zebranie odbędzie się w czerwcu.",
+    ),
+    (
+        "iso8859_2",
+        "Postanowiliśmy kupić beczkę na deszczówkę. Następne zebranie odbędzie się w czerwcu.",
+    ),
+    ("cp1250", "Příliš žluťoučký kůň úpěl ďábelské ódy."),
+    ("cp1252", "Der Otter sagt äöü."),
+    ("cp1252", "Nous avons décidé d’acheter un tonneau. L’été prochain à Orléans."),
+    ("cp1252", "El niño comió piñas mañana."),
+    ("cp1253", "Αποφασίσαμε να αγοράσουμε ένα βαρέλι για το νερό της βροχής."),
+    ("cp1254", "Toplantıda yağmur suyu için bir fıçı almaya karar verdik."),
+    ("cp1255", "החלטנו לקנות חבית למי גשם. הפגישה הבאה ביוני."),
+    ("cp1256", "قررنا شراء برميل لمياه الأمطار. الاجتماع القادم في يونيو."),
+    ("cp874", "เราตัดสินใจซื้อถังเก็บน้ำฝน การประชุมครั้งต่อไปในเดือนมิถุนายน"),
+]
+
+
+@pytest.mark.parametrize(("encoding", "text"), ENCODED)
+def test_an_encoding_that_is_not_told_is_guessed_and_said(encoding: str, text: str) -> None:
+    found, guess = decoded(text.encode(encoding))
+
+    assert found == text
+    assert guess
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "iso2022_jp"])
+def test_an_encoding_that_is_told_is_no_guess(encoding: str) -> None:
+    assert decoded("雨水, 東京".encode(encoding)) == ("雨水, 東京", "")
+    assert decoded('<meta charset="koi8-r">бочка'.encode("koi8-r"))[1] == ""
+
+
+@pytest.mark.parametrize(
+    "data", [bytes(range(256)) * 40, b"\0" * 5000, b"\x89PNG\r\n\x1a\n\0\1\2\3"]
+)
+def test_what_is_no_text_is_left_out(data: bytes) -> None:
+    with pytest.raises(Unreadable, match="is not text"):
+        decoded(data)
+
+
+def a_pdf(*pages: str) -> bytes:
+    """Return a PDF with one line of text on each page."""
+    count = len(pages)
+    kids = " ".join(f"{4 + 2 * n} 0 R" for n in range(count))
+    objects = [
+        "<</Type/Catalog/Pages 2 0 R>>",
+        f"<</Type/Pages/Kids[{kids}]/Count {count}>>",
+        "<</Type/Font/Subtype/Type1/BaseFont/Helvetica>>",
+    ]
+    for number, text in enumerate(pages):
+        stream = f"BT /F1 12 Tf 72 720 Td ({text}) Tj ET" if text else ""
+        fonts = "/Resources<</Font<</F1 3 0 R>>>>/MediaBox[0 0 612 792]"
+        objects.append(f"<</Type/Page/Parent 2 0 R{fonts}/Contents {5 + 2 * number} 0 R>>")
+        objects.append(f"<</Length {len(stream)}>>\nstream\n{stream}\nendstream")
+    data, places = "%PDF-1.4\n", []
+    for number, text in enumerate(objects, 1):
+        places.append(len(data))
+        data += f"{number} 0 obj\n{text}\nendobj\n"
+    table = "".join(f"{place:010} 00000 n \n" for place in places)
+    end = f"trailer<</Size {len(objects) + 1}/Root 1 0 R>>\nstartxref\n{len(data)}\n%%EOF"
+    return f"{data}xref\n0 {len(objects) + 1}\n0000000000 65535 f \n{table}{end}".encode()
+
+
+def test_a_pdf_is_read_by_pages() -> None:
+    assert cut(a_pdf("Contents", "Turn the otter off."), ".pdf") == [
+        ("page 1", "Contents"),
+        ("page 2", "Turn the otter off."),
+    ]
+    with pytest.raises(Unreadable, match="only pictures"):
+        cut(a_pdf("", ""), ".pdf")
+
+
+async def no_model(path: str, body: Payload) -> Any:
+    raise AssertionError("no model was to be asked")
+
+
 @asynccontextmanager
-async def loaded(tmp_path: Path, **settings: Any) -> AsyncIterator[Plugin]:
-    """Load the agent as `osp.py` does; its data is in `tmp_path / "data/rag"`."""
-    settings = {"folder": str(tmp_path / "notes"), "wait": 20} | settings
-    config = PluginsConfig(dirs=(PLUGINS,), only=("rag",))
-    agents = {"rag": {"settings": settings}}
-    async with PluginRegistry(config, agents, tmp_path / "data", {}) as registry:
-        yield registry.plugins["rag"]
+async def loaded(tmp_path: Path, **settings: Any) -> AsyncIterator[Rag]:
+    """Set the agent up as the registry does; its data is in `tmp_path / "data"`."""
+    agent = Rag()
+    agent.settings = CONFIG["settings"] | {"folder": str(tmp_path / "notes"), "wait": 20} | settings
+    agent._data_dir = tmp_path / "data"
+    await asyncio.to_thread(agent.setup)
+    try:
+        yield agent
+    finally:
+        await agent.teardown()
 
 
-NOBODY = OllamaClient(parse_upstream("127.0.0.1:9"), 1.0)
-
-
-def an_instance(
-    plugin: Plugin, payload: Payload, k: int = 4, client: OllamaClient = NOBODY
-) -> BaseAgent:
-    """Return the agent as one request has it."""
-    assert plugin.error is None
-    context = Context(
+def an_instance(rag: Rag, prompt: str, model: Any = no_model, **values: Any) -> Rag:
+    """Return the agent as one request has it; `values` are its arguments and of its context."""
+    agent = copy.copy(rag)
+    agent.arguments = {"k": values.pop("k", 4), "in": values.pop("within", "")}
+    fields = {"asked": True, "continuation": False, "explaining": False} | values
+    agent.context = Context(
         request_id="1",
+        model="demo",
         dialect="ollama",
-        stream=True,
-        asked=True,
+        streams=True,
         user="",
+        prompt=prompt,
         state={},
         log=logging.LoggerAdapter(logging.getLogger("test")),
-        payload=copy.deepcopy(payload),
-        client=client,
+        ask=model,
+        listen=no_model,  # type: ignore[arg-type]
+        **fields,
     )
-    return plugin.instance(context, {"k": k})
-
-
-async def turn(
-    plugin: Plugin, payload: Payload, k: int = 4, client: OllamaClient = NOBODY
-) -> tuple[Payload, str]:
-    """Return what becomes of a chat, and what is put under its answer."""
-    agent = an_instance(plugin, payload, k, client)
-    changed = await plugin.runner.run(agent.on_request, copy.deepcopy(payload), clock=Clock(30))
-    return changed, await plugin.runner.run(agent.on_end, clock=Clock(5))
-
-
-def a_chat(*contents: Any) -> Payload:
-    """Return a chat in which the user and the model take turns."""
-    roles = itertools.cycle(("user", "assistant"))
-    messages = [{"role": role, "content": it} for role, it in zip(roles, contents, strict=False)]
-    return {"model": "demo", "messages": messages}
+    return agent
 
 
 async def ask(
-    plugin: Plugin, question: str, *, k: int = 4, client: OllamaClient = NOBODY
+    rag: Rag, *texts: str, answer: str = "ok", model: Any = no_model, **values: Any
 ) -> tuple[str, str]:
-    """Return what the model reads, and what stands under its answer."""
-    payload, below = await turn(plugin, a_chat(question), k, client)
-    return payload["messages"][-1]["content"], below
+    """Return what the model reads last, and what stands under its answer.
+
+    `texts` are those of user and model in turn, the last one the prompt.
+    """
+    agent = an_instance(rag, texts[-1], model, **values)
+    roles = itertools.cycle(("user", "assistant"))
+    payload = {"messages": [{"role": r, "content": t} for r, t in zip(roles, texts, strict=False)]}
+    changed = await agent.on_request(payload)
+    shown = "".join([await agent.on_chunk(sign) for sign in answer]) + await agent.on_end()
+    return changed["messages"][-1]["content"], shown.removeprefix(answer)
+
+
+def sources(below: str) -> list[str]:
+    """Return the sources without their links."""
+    return re.findall(r"\n- (.*) <.*>", below)
 
 
 def rows(tmp_path: Path, query: str) -> list[Any]:
-    with closing(sqlite3.connect(tmp_path / "data/rag/index.db")) as db:
+    (file,) = (tmp_path / "data").glob("index-*.db")
+    with closing(sqlite3.connect(file)) as db:
         return db.execute(query).fetchall()
 
 
@@ -149,40 +328,30 @@ def left_out(caplog: pytest.LogCaptureFixture) -> list[tuple[str, str]]:
     return [tuple(vars(record)["fields"].values()) for record in found]
 
 
-def progress(plugin: Plugin) -> str:
-    assert plugin.agent
-    return plugin.agent.progress
+MAY = "minutes.md, Minutes > Meeting of 12 May"
+APRIL = "minutes.md, Minutes > Meeting of 14 April"
 
 
-BARREL = "\n\nSources:\n- minutes.md, Minutes > Meeting of 12 May"
-
-
-async def test_what_fits_the_question_stands_before_it(notes: Path, tmp_path: Path) -> None:
+async def test_what_fits_stands_before_the_question_and_its_sources_under_the_answer(
+    notes: Path, tmp_path: Path
+) -> None:
     async with loaded(tmp_path) as rag:
-        text, _ = await ask(rag, "What about a rain barrel?")
+        text, below = await ask(rag, "What did we decide in May?")
 
-    assert "[1] minutes.md, Minutes > Meeting of 12 May\nWe decided to buy a rain barrel." in text
-    assert text.endswith("\n\nWhat about a rain barrel?")
-
-
-async def test_sources_stand_under_the_answer_the_best_first(notes: Path, tmp_path: Path) -> None:
-    async with loaded(tmp_path) as rag:
-        _, below = await ask(rag, "What did we decide in May?")
-
-    assert below == (
-        "\n\nSources:"
-        "\n- minutes.md, Minutes > Meeting of 12 May"
-        "\n- minutes.md, Minutes > Meeting of 14 April"
-    )
+    assert text.startswith(f"{INSTRUCTION}\n\n[1] {MAY}\nWe decided to buy a rain barrel.\n\n[2] ")
+    assert text.endswith("\n\nWhat did we decide in May?")
+    link = (notes / "minutes.md").as_uri()
+    assert below == f"\n\nSources:\n- {MAY} <{link}>\n- {APRIL} <{link}>"
 
 
-async def test_a_source_of_two_passages_is_named_once(notes: Path, tmp_path: Path) -> None:
-    write(notes / "long.md", "\n\n".join(f"{n} otters. " + "They swim. " * 60 for n in range(3)))
-    async with loaded(tmp_path) as rag:
-        text, below = await ask(rag, "otters")
+async def test_a_link_may_begin_with_an_address_of_the_operator(
+    notes: Path, tmp_path: Path
+) -> None:
+    write(notes / "Größe [1] (alt).txt", "otter")
+    async with loaded(tmp_path, base_url="https://wiki.example/notes/") as rag:
+        _, below = await ask(rag, "otter")
 
-    assert text.count("long.md\n") == 3
-    assert below == "\n\nSources:\n- long.md"
+    assert below.endswith(" <https://wiki.example/notes/Gr%C3%B6%C3%9Fe%20%5B1%5D%20%28alt%29.txt>")
 
 
 @pytest.mark.parametrize("question", ["house", "April", "GREENHOUSES", "repairing"])
@@ -192,278 +361,225 @@ async def test_names_headings_and_other_forms_of_a_word_are_found(
     async with loaded(tmp_path) as rag:
         _, below = await ask(rag, question)
 
-    assert ("keys.txt" if question == "house" else "April") in below
+    assert ("house/keys.txt" if question == "house" else APRIL) in sources(below)
 
 
-async def test_accents_do_not_matter(notes: Path, tmp_path: Path) -> None:
-    write(notes / "cafe.txt", "Das Café öffnet um neun.")
-    async with loaded(tmp_path) as rag:
-        for question in ("cafe", "CAFÉ", "cafe\u0301", "Wann ist es offnet?", "o\u0308ffnet"):
-            assert "cafe.txt" in (await ask(rag, question))[1]
+LANGUAGES = tomllib.loads((FOLDER / "bench/languages.toml").read_text(encoding="utf-8"))
 
 
-async def test_a_heading_in_a_code_block_or_a_text_file_is_text(
-    notes: Path, tmp_path: Path
+async def test_in_each_language_the_right_passage_is_among_five_for_nine_of_ten_questions(
+    tmp_path: Path,
 ) -> None:
-    write(notes / "build.md", "# Build\n\n```sh\n# quokka\nmake\n```\n")
-    write(notes / "plain.txt", "# quokka\n")
+    for language, pairs in LANGUAGES.items():
+        for number, (text, _) in enumerate(pairs):
+            write(tmp_path / f"notes/{language}{number}.txt", text)
+    hits = {}
     async with loaded(tmp_path) as rag:
-        _, below = await ask(rag, "quokka")
+        for language, pairs in LANGUAGES.items():
+            answers = [(text, await ask(rag, question, k=5)) for text, question in pairs]
+            hits[language] = sum(passage in text for passage, (text, _) in answers) / len(pairs)
 
-    assert sorted(below.split("\n- ")[1:]) == ["build.md, Build", "plain.txt"]
-
-
-async def test_a_heading_with_nothing_below_is_a_text_itself(notes: Path, tmp_path: Path) -> None:
-    write(notes / "short.md", "# Decided\n## We keep the quokka ##\n## We sell the yak\n")
-    async with loaded(tmp_path) as rag:
-        quokka, yak = await ask(rag, "quokka"), await ask(rag, "yak")
-
-    assert quokka[1] == "\n\nSources:\n- short.md, Decided > We keep the quokka"
-    assert yak[1] == "\n\nSources:\n- short.md, Decided > We sell the yak"
+    assert len(hits) >= 12
+    assert {language: share for language, share in hits.items() if share < 0.9} == {}
 
 
-async def test_a_long_text_is_cut_between_sentences(notes: Path, tmp_path: Path) -> None:
-    write(notes / "long.txt", " ".join(f"Otter {n} swims in the river." for n in range(200)))
-    async with loaded(tmp_path, max_chars=100_000) as rag:
-        text, _ = await ask(rag, "otter", k=20)
-
-    passages = text.split("\n\n")[1:-1]
-    assert len(passages) > 5
-    assert all(passage.endswith("river.") and len(passage) < 1000 for passage in passages)
-
-
-async def test_a_text_without_spaces_is_cut_anywhere(notes: Path, tmp_path: Path) -> None:
-    write(notes / "blob.txt", "otter " + "x" * 5000)
-    async with loaded(tmp_path, max_chars=100_000) as rag:
-        text, _ = await ask(rag, "blob", k=20)
-
-    passages = text.split("\n\n")[1:-1]
-    assert max(map(len, passages)) < 1000
-    assert sum(passage.count("x") for passage in passages) == 5000 + text.count(".txt\n")
-
-
-async def test_a_long_heading_is_shortened(notes: Path, tmp_path: Path) -> None:
-    write(notes / "long.md", f"# Quokkas {'x' * 1000}\n\nThey hop.")
-    async with loaded(tmp_path) as rag:
-        _, below = await ask(rag, "quokkas")
-
-    assert 100 < len(below) < 200
-
-
-async def test_a_heading_may_be_underlined_and_what_ends_a_front_matter_is_none(
-    notes: Path, tmp_path: Path
+async def test_over_articles_the_right_passage_is_among_five_for_nine_of_ten_questions(
+    tmp_path: Path,
 ) -> None:
-    front = "---\ntags: river\n---\n\n"
-    write(notes / "animals.md", f"{front}Otters\n======\n\nThey swim.\n\nHabits\n---\nThey eat.\n")
-    write(notes / "ruled.md", "# Yaks\n---\nThey graze.\n")
-    async with loaded(tmp_path) as rag:
-        below = [(await ask(rag, word, k=1))[1] for word in ("river", "swim", "eat", "graze")]
+    """An embedding model that knows nothing at all must not spoil that."""
+    rng = random.Random(7)
+    brain = Brain(lambda text: [rng.gauss(0, 1) for _ in range(8)])
+    articles = tomllib.loads((FOLDER / "bench/rag.toml").read_text(encoding="utf-8"))["articles"]
+    for article in articles:
+        write(tmp_path / "notes" / article["name"], article["text"])
+    for model in ("", "brain"):
+        async with loaded(tmp_path, embed_model=model, embed_batch=1000) as rag:
+            hits = [
+                " ".join(answer.split())
+                in " ".join((await ask(rag, question, k=5, model=brain))[0].split())
+                for article in articles
+                for question, answer, kind in article["questions"]
+                if kind == "words"
+            ]
+        assert len(hits) >= 40 and sum(hits) >= 0.9 * len(hits)
+    assert len(brain.asked) >= len(hits)
 
-    assert [text.removeprefix("\n\nSources:\n- ") for text in below] == [
-        "animals.md",
-        "animals.md, Otters",
-        "animals.md, Otters > Habits",
-        "ruled.md, Yaks",
-    ]
+
+SMALL_TALK = [
+    *("hi", "Thanks!", "ok", "Good, thank you very much", "¡Hola!", "Merci !", "danke schön"),
+    *("谢谢", "你好！", "ありがとうございます", "こんにちは", "감사합니다", "ขอบคุณครับ", "спасибо!"),
+    *("teşekkürler", "شكرا", "How are you?", "Was ist das?", "", " \n", "?!"),
+]
+
+
+@pytest.mark.parametrize("prompt", SMALL_TALK)
+async def test_small_talk_is_no_search(notes: Path, tmp_path: Path, prompt: str) -> None:
+    write(notes / "all.txt", "\n".join(SMALL_TALK))
+    async with loaded(tmp_path) as rag:
+        assert await ask(rag, prompt) == (prompt, "")
 
 
 @pytest.mark.parametrize(
-    ("text", "source"),
+    "prompt", ["And when?", "und wann?", "それはいつですか？", "为什么？", "متى؟"]
+)
+async def test_a_question_without_a_telling_word_is_about_the_last_that_had_one(
+    notes: Path, tmp_path: Path, prompt: str
+) -> None:
+    async with loaded(tmp_path) as rag:
+        text, below = await ask(rag, "spare key", "ok", "the barrel", "ok", "thanks", "ok", prompt)
+        assert await ask(rag, "hi", "ok", prompt) == (prompt, "")
+
+    assert text.endswith(f"\n\n{prompt}") and sources(below) == [MAY]
+
+
+async def test_where_nothing_fits_only_who_asked_is_told(notes: Path, tmp_path: Path) -> None:
+    async with loaded(tmp_path) as rag:
+        assert await ask(rag, "quokka?") == (f"{NOTHING}\n\nquokka?", NOT_FOUND)
+        assert await ask(rag, "quokka?", asked=False) == ("quokka?", "")
+
+
+async def test_a_continuation_is_left_alone(notes: Path, tmp_path: Path) -> None:
+    async with loaded(tmp_path) as rag:
+        assert await ask(rag, "barrel", continuation=True) == ("barrel", "")
+
+
+@pytest.mark.parametrize(
+    "answer",
+    ["", " \n", '{"a": 1}', " [1, 2]\n", '```json\n{"a": "```"}\n```', "```\n[]\n```\n"],
+)
+async def test_under_json_and_nothing_there_are_no_sources(
+    notes: Path, tmp_path: Path, answer: str
+) -> None:
+    async with loaded(tmp_path) as rag:
+        for question in ("rain barrel", "quokka"):
+            assert (await ask(rag, question, answer=answer))[1] == ""
+        assert sources((await ask(rag, "barrel", answer=f"See: {answer}"))[1]) == [MAY]
+
+
+@pytest.mark.parametrize(
+    "own", ["Sources:\n- a.md", "**Sources:**\n\n* a\n* b\n", "Sources:\n[1] a"]
+)
+async def test_a_list_of_sources_that_the_model_began_goes_on(
+    notes: Path, tmp_path: Path, own: str
+) -> None:
+    async with loaded(tmp_path) as rag:
+        _, below = await ask(rag, "rain barrel", answer=f"A barrel.\n\n{own}")
+
+    assert below.startswith(f"\n- {MAY} <")
+
+
+async def test_earlier_sources_are_taken_out_of_the_conversation(
+    notes: Path, tmp_path: Path
+) -> None:
+    async with loaded(tmp_path) as rag:
+        shown = ["A barrel." + (await ask(rag, text))[1] for text in ("barrel April", "quokka")]
+        shown.append("It says:\n\nSources: none")
+        parts = [{"type": "text", "text": shown[0] + "\n\n[signed]"}, {"type": "image_url"}]
+        messages = [{"role": "assistant", "content": it} for it in (*shown, parts, None)]
+        user = {"role": "user", "content": shown[0]}
+        changed = await an_instance(rag, "hi").on_request({"messages": [*messages, user]})
+
+    contents = [message["content"] for message in changed["messages"]]
+    assert contents[:3] == ["A barrel.", "A barrel.", shown[2]]
+    assert contents[3][0]["text"] == "A barrel.\n\n[signed]" and contents[5] == shown[0]
+
+
+async def test_of_copies_one_is_given(notes: Path, tmp_path: Path) -> None:
+    for number in range(30):
+        write(notes / f"copy{number}/minutes.md", MINUTES)
+    write(notes / "other.txt", "A barrel is no cask.")
+    brain = Brain()
+    for model in ("", "brain"):
+        async with loaded(tmp_path, embed_model=model, embed_batch=1000) as rag:
+            text, below = await ask(rag, "rain barrel", k=5, model=brain)
+
+            assert text.count("We decided to buy a rain barrel.") == 1
+            assert "other.txt" in sources(below)
+
+
+async def test_a_prompt_may_choose_one_of_several_folders(notes: Path, tmp_path: Path) -> None:
+    write(tmp_path / "home/cellar.md", "# Cellar\n\nAn old barrel of wine.")
+    folders = {"work": str(notes), "home": str(tmp_path / "home")}
+    async with loaded(tmp_path, folders=folders, folder="/nowhere", embed_model="brain") as rag:
+        brain = Brain()
+        found = {
+            name: sorted(
+                sources(
+                    (await ask(rag, "barrel", within=name, k=1 + 9 * (not name), model=brain))[1]
+                )
+            )
+            for name in ("", "work", "HOME")
+        }
+        with pytest.raises(Reply) as reply:
+            await ask(rag, "barrel", within="/etc")
+        assert await ask(rag, "hi", within="work") == ("hi", "")
+
+    assert str(reply.value.text).endswith("no folder of that name; known are: work, home")
+    assert found["work"] == [f"work/{MAY}"] and found["HOME"] == ["home/cellar.md, Cellar"]
+    assert {f"work/{MAY}", "home/cellar.md, Cellar"} < set(found[""])
+
+
+async def test_only_the_best_passages_that_fit_are_given(notes: Path, tmp_path: Path) -> None:
+    for number in range(30):
+        write(notes / f"{number:02}.txt", f"otter {number} {'x' * 80}")
+    async with loaded(tmp_path, max_chars=250) as rag:
+        text, below = await ask(rag, "otter")
+        assert text.count("otter ") == 2 and len(sources(below)) == 2
+        assert (await ask(rag, "baker"))[0].count("baker") == 2
+    async with loaded(tmp_path, max_chars=20) as rag:
+        assert (await ask(rag, "baker"))[0].split("\n\n")[1] == "[1] house/keys.txt\nT"
+    async with loaded(tmp_path, max_chars=100_000) as rag:
+        for k, count in ((-5, 1), (0, 1), (3, 3), (20, 20), (10**9, 20)):
+            assert len(sources((await ask(rag, "otter", k=k))[1])) == count
+
+
+@pytest.mark.parametrize(
+    "question",
     [
-        ("On otters\n\nThey swim.\n", "a.txt, On otters"),
-        ("Dear otter,\n\nThey swim.\n", "a.txt"),
-        ("An otter and\na yak\n\nThey swim.\n", "a.txt"),
-        ("An otter\n", "a.txt"),
+        '" OR text : "',
+        "NEAR(baker key, 5)",
+        "baker AND NOT (key OR",
+        "baker* ^key {file}: -text + 'x'",
+        "; DROP TABLE files; --",
+        "🦦 \0 \ud83d _ __ \u0301",
+        " ".join(map(str, range(50_000))),
     ],
 )
-async def test_a_first_line_that_stands_alone_is_the_title_of_a_text(
-    notes: Path, tmp_path: Path, text: str, source: str
-) -> None:
-    write(notes / "a.txt", text)
+async def test_no_question_is_a_syntax_error(notes: Path, tmp_path: Path, question: str) -> None:
     async with loaded(tmp_path) as rag:
-        _, below = await ask(rag, "otter")
-
-    assert below == f"\n\nSources:\n- {source}"
-
-
-PAGE = """\
-<!DOCTYPE html><html><head><title>Animals</title><style>otter { color: red }</style></head>
-<body><nav><a href="/">otter</a></nav><!-- otter --><script>otter("<p>")</script>
-<h1 class="a > b">Otters &amp; <em>yaks</em></h1><p>They<br>swim, 5 &lt; 6.</p>
-<h2>Food</h2><ul><li>fish</li><li>frogs</ul><table><tr><td>3<td>4</table>
-</body></html>
-"""
+        assert (await ask(rag, question))[0].endswith(question)
+        assert sources((await ask(rag, "baker"))[1]) == ["house/keys.txt"]
 
 
-async def test_of_a_page_of_html_what_one_reads_is_found(notes: Path, tmp_path: Path) -> None:
-    write(notes / "animals.html", PAGE)
-    write(notes / "untitled.HTM", PAGE.replace("h1", "p"))
+async def test_the_folder_is_followed(notes: Path, tmp_path: Path) -> None:
+    async def found(question: str) -> list[str]:
+        return sources((await ask(rag, question))[1])
+
     async with loaded(tmp_path) as rag:
-        swim, food = await ask(rag, "swim", k=9), await ask(rag, "fish", k=1)
-        assert progress(rag) == "4 files, 7 passages"
-
-    assert "[1] animals.html, Otters & yaks\nThey\nswim, 5 < 6.\n\n" in swim[0]
-    assert "[2] untitled.HTM, Animals\nOtters & yaks\n\nThey\nswim" in swim[0]
-    assert "[1] untitled.HTM, Animals > Food\n- fish\n- frogs\n\n3 4\n\n" in food[0]
-
-
-@pytest.mark.parametrize("start", ["<a ", '<a "', "<!--", "<script>", "<nav><nav ", "</", "<p a='"])
-async def test_a_broken_page_costs_no_more_time_than_a_good_one(
-    notes: Path, tmp_path: Path, start: str
-) -> None:
-    write(notes / "broken.html", f"<p>otter</p>{start * 100_000}")
-    async with loaded(tmp_path) as rag:
-        assert "broken.html" in (await ask(rag, "otter"))[1]
-
-
-NO_PYPDF = importlib.util.find_spec("pypdf") is None
-
-
-@pytest.mark.skipif(not NO_PYPDF, reason="pypdf is installed")
-async def test_without_pypdf_every_pdf_is_listed_as_left_out(
-    notes: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    for name in ("a.pdf", "b.PDF"):
-        write(notes / name, "%PDF-1.4")
-    async with loaded(tmp_path) as rag:
-        assert "12 May" in (await ask(rag, "rain barrel"))[1]
-        why = "pypdf is not installed"
-
-        assert left_out(caplog) == [("a.pdf", why), ("b.PDF", why)]
-        assert progress(rag) == f"2 files, 3 passages, left out: a.pdf ({why}), b.PDF ({why})"
-
-
-PYPDF = """
-class PdfReader:
-    def __init__(self, file):
-        data = file.read()
-        if not data.startswith(b"%PDF"):
-            raise ValueError("no PDF \\ud83d")
-        self.pages = [Page(text) for text in data.decode().split("|")[1:]]
-
-class Page:
-    def __init__(self, text):
-        self.text = text
-
-    def extract_text(self):
-        return self.text + "\\ud83d"[len(self.text) < 3:]
-"""
-
-
-@pytest.fixture
-def pypdf(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """A library of that name that reads pages with | between them."""
-    (tmp_path / "library").mkdir()
-    (tmp_path / "library/pypdf.py").write_text(PYPDF, encoding="utf-8")
-    monkeypatch.syspath_prepend(tmp_path / "library")
-    yield
-    sys.modules.pop("pypdf", None)
-
-
-@pytest.mark.skipif(not NO_PYPDF, reason="pypdf is installed")
-async def test_with_pypdf_a_pdf_is_read_by_pages(
-    notes: Path, tmp_path: Path, pypdf: None, caplog: pytest.LogCaptureFixture
-) -> None:
-    write(notes / "manual.pdf", "%PDF|Contents|Turn the otter off.")
-    write(notes / "broken.pdf", "otter")
-    write(notes / "scanned.pdf", "%PDF| |")
-    async with loaded(tmp_path) as rag:
-        text, below = await ask(rag, "otter")
-
-    assert "[1] manual.pdf, page 2\nTurn the otter off." in text
-    assert below == "\n\nSources:\n- manual.pdf, page 2"
-    assert left_out(caplog) == [
-        ("broken.pdf", "is broken: ValueError('no PDF \\ud83d')"),
-        ("scanned.pdf", "holds no text, or only pictures of it"),
-    ]
-
-
-@pytest.mark.skipif(not NO_PYPDF, reason="pypdf is installed")
-async def test_what_was_left_out_is_tried_again_at_the_next_start(
-    notes: Path, tmp_path: Path, request: pytest.FixtureRequest
-) -> None:
-    write(notes / "manual.pdf", "%PDF|Turn the otter off.")
-    async with loaded(tmp_path) as rag:
-        assert "manual.pdf" not in (await ask(rag, "otter"))[1]
-    request.getfixturevalue("pypdf")
-    async with loaded(tmp_path) as rag:
-        assert "manual.pdf" in (await ask(rag, "otter"))[1]
-
-
-async def test_a_new_file_is_found_without_a_restart(notes: Path, tmp_path: Path) -> None:
-    async with loaded(tmp_path) as rag:
-        before = await ask(rag, "quokka")
+        assert await found("quokka") == []
         write(notes / "later/zoo.markdown", "A quokka moved in.")
-        after = await ask(rag, "quokka")
-
-    assert before[1] == "\n\n(Nothing found in the folder.)"
-    assert after[1] == "\n\nSources:\n- later/zoo.markdown"
-
-
-async def test_a_changed_file_is_read_again(notes: Path, tmp_path: Path) -> None:
-    async with loaded(tmp_path) as rag:
-        write(notes / "house/keys.txt", "The cooper has a spare key")  # of the same size
-        text, _ = await ask(rag, "spare key")
-
-    assert "cooper" in text
-    assert "baker" not in text
-
-
-async def test_a_changed_file_may_keep_its_time_and_its_size(notes: Path, tmp_path: Path) -> None:
-    async with loaded(tmp_path) as rag:
-        await ask(rag, "spare key")
+        assert await found("quokka") == ["later/zoo.markdown"]
         before = os.stat(notes / "house/keys.txt")
-        write(notes / "house/keys.txt", "The pilot: has a spare key")
+        write(notes / "house/keys.txt", "The pilot: has a spare key")  # of the same size and time
         os.utime(notes / "house/keys.txt", ns=(before.st_atime_ns, before.st_mtime_ns))
-        text, _ = await ask(rag, "spare key")
-
-    assert os.stat(notes / "house/keys.txt").st_size == before.st_size
-    assert "pilot" in text
-
-
-async def test_a_removed_file_is_forgotten(notes: Path, tmp_path: Path) -> None:
-    async with loaded(tmp_path) as rag:
+        assert await found("pilot") == ["house/keys.txt"] and await found("baker") == []
         shutil.rmtree(notes / "house")
-        _, below = await ask(rag, "spare key")
-
-    assert below == "\n\n(Nothing found in the folder.)"
-
-
-async def test_what_did_not_change_is_not_read_again(notes: Path, tmp_path: Path) -> None:
+        assert await found("pilot") == []
+        ids = rows(tmp_path, "SELECT name, id FROM files")
     async with loaded(tmp_path) as rag:
-        await ask(rag, "otter")
-        before = rows(tmp_path, "SELECT path, id FROM files")
-    write(notes / "later.txt", "new")
-    async with loaded(tmp_path) as rag:
-        await ask(rag, "otter")
-        after = rows(tmp_path, "SELECT path, id FROM files")
-
-    assert len(after) == 3
-    assert set(before) < set(after)
+        await found("otter")
+        assert rows(tmp_path, "SELECT name, id FROM files") == ids  # not read again
+        assert rag.progress == "2 files, 3 passages"
 
 
-async def test_another_folder_takes_the_place_of_the_first(notes: Path, tmp_path: Path) -> None:
+async def test_two_proxies_with_two_folders_have_two_indexes(notes: Path, tmp_path: Path) -> None:
     write(tmp_path / "other/zoo.md", "A quokka moved in.")
-    async with loaded(tmp_path):
-        pass
-    async with loaded(tmp_path, folder=str(tmp_path / "other")) as rag:
-        assert "zoo.md" in (await ask(rag, "quokka"))[1]
-        assert "Nothing" in (await ask(rag, "rain barrel"))[1]
-
-
-async def test_without_a_question_the_folder_is_followed_too(notes: Path, tmp_path: Path) -> None:
-    async with loaded(tmp_path) as rag:
-        with anyio.fail_after(20):
-            while progress(rag) != "2 files, 3 passages":
-                await anyio.lowlevel.checkpoint()
-
-
-@contextmanager
-def nobody_writes(tmp_path: Path) -> Iterator[None]:
-    """Hold the index up: what writes into it waits until the block ends."""
-    with closing(sqlite3.connect(tmp_path / "data/rag/index.db")) as db:
-        db.execute("BEGIN IMMEDIATE")
-        yield
+    async with loaded(tmp_path) as one, loaded(tmp_path, folder=str(tmp_path / "other")) as two:
+        for _ in range(3):
+            assert sources((await ask(one, "barrel quokka"))[1]) == [MAY]
+            assert sources((await ask(two, "barrel quokka"))[1]) == ["zoo.md"]
+    files = [file for file in (tmp_path / "data").iterdir() if file.suffix == ".db"]
+    assert len(files) == 2
 
 
 async def test_while_the_folder_is_read_a_question_uses_what_there_is(
@@ -472,41 +588,20 @@ async def test_while_the_folder_is_read_a_question_uses_what_there_is(
     async with loaded(tmp_path) as rag:
         await ask(rag, "otter")
     write(notes / "late.txt", "otter")
-    with ExitStack() as held:
-        held.enter_context(nobody_writes(tmp_path))
+    (file,) = (tmp_path / "data").glob("*.db")
+    with closing(sqlite3.connect(file)) as db:
+        db.execute("BEGIN IMMEDIATE")  # what writes waits until this is closed
         async with loaded(tmp_path, wait=0.1) as rag:  # setup does not wait for the folder
             found, missing = await ask(rag, "rain barrel", k=1), await ask(rag, "otter")
-            held.close()
-            with anyio.fail_after(20):
-                while "late.txt" not in (await ask(rag, "otter"))[1]:
-                    pass
+            assert rag.progress == "1 of 3 files are still to be read"
+            db.close()
+            deadline = time.monotonic() + 20
+            while "late.txt" not in (await ask(rag, "otter"))[1]:
+                assert time.monotonic() < deadline
 
-    note = "(The folder is still being read.)"
-    assert found[1] == f"\n\nSources:\n- minutes.md, Minutes > Meeting of 12 May\n{note}"
-    assert "still being read, and nothing about the question" in missing[0]
-    assert missing[1] == f"\n\n(Nothing found in the folder.)\n{note}"
-
-
-async def test_a_folder_may_change_while_it_is_read(
-    notes: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    async with loaded(tmp_path) as rag:
-        await ask(rag, "otter")
-    for name in ("a", "b", "c"):
-        write(notes / f"{name}.txt", f"otter {name}")
-    with ExitStack() as held:
-        held.enter_context(nobody_writes(tmp_path))
-        async with loaded(tmp_path) as rag:
-            with anyio.fail_after(20):
-                while "3 of 5 files are still to be read" not in progress(rag):
-                    await anyio.lowlevel.checkpoint()
-            (notes / "b.txt").unlink()
-            write(notes / "c.txt", "yak")
-            held.close()
-            _, below = await ask(rag, "otter")
-
-    assert below == "\n\nSources:\n- a.txt"
-    assert left_out(caplog) == []
+    note = "\n(The folder is still being read.)"
+    assert sources(found[1]) == [MAY] and found[1].endswith(note)
+    assert missing == (f"{NOTHING}\n\notter", NOT_FOUND + note)
 
 
 async def test_a_folder_that_goes_away_is_found_as_it_was_until_it_is_back(
@@ -516,250 +611,122 @@ async def test_a_folder_that_goes_away_is_found_as_it_was_until_it_is_back(
         await ask(rag, "rain barrel")
         os.rename(notes, tmp_path / "away")
         for _ in range(3):
-            assert "12 May" in (await ask(rag, "rain barrel"))[1]
-        assert "not followed" in progress(rag)
+            assert sources((await ask(rag, "rain barrel"))[1]) == [MAY]
+        assert "not followed" in rag.progress
         os.rename(tmp_path / "away", notes)
         write(notes / "zoo.md", "A quokka moved in.")
 
-        assert "zoo.md" in (await ask(rag, "quokka"))[1]
-        assert progress(rag) == "3 files, 4 passages"
+        assert sources((await ask(rag, "quokka"))[1]) == ["zoo.md"]
+        assert rag.progress == "3 files, 4 passages"
     assert caplog.messages.count("folder is not followed") == 1
-
-
-async def test_the_thread_ends_with_the_agent(notes: Path, tmp_path: Path) -> None:
-    async with loaded(tmp_path):
-        assert "rag" in [thread.name for thread in threading.enumerate()]
-
     assert "rag" not in [thread.name for thread in threading.enumerate()]
 
 
-INDEXING = """
-import asyncio, sys
-from pathlib import Path
-from kernel.config import PluginsConfig
-from kernel.registry import PluginRegistry
+async def test_only_visible_texts_of_the_folder_are_read(notes: Path, tmp_path: Path) -> None:
+    write(tmp_path / "secret/plan.md", "otter")
+    for name in (".hidden.md", ".git/notes.md", "otter.py", "otter.md.bak"):
+        write(notes / name, "otter")
+    (notes / "link.md").symlink_to(tmp_path / "secret/plan.md")
+    (notes / "linked").symlink_to(tmp_path / "secret")
+    (notes / "loop.md").symlink_to(notes / "loop.md")
+    (notes / "folder.md").mkdir()
+    os.mkfifo(notes / "pipe.md")  # to open it would wait for a writer
+    (notes / "inside.md").symlink_to(notes / "house/keys.txt")
+    async with loaded(tmp_path) as rag:
+        assert (await ask(rag, "otter"))[1] == NOT_FOUND
+        assert sources((await ask(rag, "inside"))[1]) == ["inside.md"]
 
-async def main(plugins, folder):
-    config = PluginsConfig(dirs=(Path(plugins),), only=("rag",))
-    agents = {"rag": {"settings": {"folder": folder + "/notes"}}}
-    async with PluginRegistry(config, agents, Path(folder, "data"), {}):
-        await asyncio.Event().wait()
 
-asyncio.run(main(*sys.argv[1:]))
-"""
-
-
-async def test_whoever_is_killed_in_the_middle_leaves_an_index_that_heals(
-    notes: Path, tmp_path: Path
+async def test_what_cannot_be_read_is_left_out_with_the_reason(
+    notes: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    for number in range(400):
-        write(notes / f"{number:03}.txt", "\n\n".join([f"otter{number} {'swims ' * 120}"] * 9))
-    kill_while_indexing(tmp_path)
-    (some,) = rows(tmp_path, "SELECT count(*) FROM files")[0]
-    partly = rows(tmp_path, "SELECT id FROM files WHERE passages NOT IN (2, 1, 9)")
-    whole = rows(tmp_path, "PRAGMA integrity_check")
+    write(notes / "rubbish.md", bytes(range(256)))
+    write(notes / "broken.pdf", "otter")
+    write(notes / "pets.txt", "Собака спит, кошка ест.".encode("cp1251"))
+    write(Path(os.fsdecode(os.fsencode(notes) + b"/k\xe4se.txt")), "x" * 2000)
+    async with loaded(tmp_path, max_file=1000) as rag:
+        await ask(rag, "otter")
+        _, below = await ask(rag, "кошка или baker")
+        progress = rag.progress
     async with loaded(tmp_path) as rag:
-        found = [(await ask(rag, f"otter{number}", k=1))[1] for number in (0, 200, 399)]
+        assert sources((await ask(rag, "käse", k=1))[1]) in ([], ["k\ufffdse.txt"])
+        assert "k\ufffdse" not in rag.progress
 
-    assert 0 < some < 402
-    assert (partly, whole) == ([], [("ok",)])
-    assert found == [f"\n\nSources:\n- {number}.txt" for number in ("000", "200", "399")]
-
-
-def kill_while_indexing(tmp_path: Path) -> None:
-    """Index `notes` in another process, and kill that as soon as some files are there."""
-    command = [sys.executable, "-c", INDEXING, str(PLUGINS), str(tmp_path)]
-    with subprocess.Popen(command, cwd=PLUGINS.parent) as process:
-        deadline = time.monotonic() + 30
-        while time.monotonic() < deadline and process.poll() is None:
-            with suppress(sqlite3.Error):
-                if rows(tmp_path, "SELECT count(*) FROM files")[0][0] > 20:
-                    break
-        process.kill()
+    assert sorted(sources(below)) == ["house/keys.txt", "pets.txt"]
+    reasons = dict(left_out(caplog))
+    assert reasons["k\ufffdse.txt"] == "has more than 1000 bytes"
+    assert reasons["rubbish.md"] == "is not text" and "is broken" in reasons["broken.pdf"]
+    assert progress.startswith(
+        "3 files, 4 passages, encoding guessed: pets.txt (cp1251), left out: "
+    )
+    assert "rubbish.md (is not text)" in progress
 
 
-async def test_a_missing_folder_is_named_when_the_agent_is_loaded(tmp_path: Path) -> None:
-    async with loaded(tmp_path) as rag:
-        assert rag.status == "failed"
-        assert f"settings: folder: there is no folder {tmp_path / 'notes'}" in str(rag.error)
+@pytest.mark.parametrize(
+    ("settings", "error"),
+    [
+        (
+            {"folder": "/nowhere"},
+            r"no folder /nowhere; change \[agents\.rag\.settings\] folder = '/nowhere'",
+        ),
+        (
+            {"folders": {"a": "/nowhere"}},
+            r"no folder /nowhere; change \[agents\.rag\.settings\] folders\.a = ",
+        ),
+        ({"max_chars": 0}, "max_chars: 0 must be above 0"),
+        ({"wait": 0}, "wait: 0 must be above 0"),
+    ],
+)
+async def test_settings_that_cannot_work_are_named(
+    notes: Path, tmp_path: Path, settings: dict[str, Any], error: str
+) -> None:
+    with pytest.raises((ValueError, FileNotFoundError), match=error):
+        async with loaded(tmp_path, **settings):
+            pass
 
 
-@pytest.mark.parametrize("setting", ["max_chars", "max_file", "embed_batch", "wait"])
-async def test_some_settings_must_be_above_zero(notes: Path, tmp_path: Path, setting: str) -> None:
-    settings: dict[str, Any] = {setting: 0}
-    async with loaded(tmp_path, **settings) as rag:
-        assert f"settings: {setting}: 0 must be above 0" in str(rag.error)
-
-
-async def test_the_folder_of_the_settings_starts_at_home_or_beside_the_agent(
+async def test_the_folder_starts_at_home_or_beside_the_agent(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     write(tmp_path / "mine/zoo.md", "A quokka moved in.")
     monkeypatch.setenv("USERPROFILE" if os.name == "nt" else "HOME", str(tmp_path))
 
     async with loaded(tmp_path, folder="~/mine") as rag:
-        assert "zoo.md" in (await ask(rag, "quokka"))[1]
+        assert sources((await ask(rag, "quokka"))[1]) == ["zoo.md"]
     async with loaded(tmp_path, folder="sample") as rag:
         _, below = await ask(rag, "What did we decide in May?")
-        assert below.startswith("\n\nSources:\n- decisions.md, Decisions > Meeting of 12 May")
+        assert sources(below)[0] == "decisions.md, Decisions > Meeting of 12 May 2026"
 
 
-@pytest.mark.parametrize(
-    "question",
-    [
-        '"',
-        '" OR text : "',
-        "NEAR(baker key, 5)",
-        "baker AND NOT (key OR",
-        "baker* ^key {file}: -text + 'x'",
-        "; DROP TABLE files; --",
-        "🦦 \0 \ud83d _ __ \u0301",
-        "?!",
-        " ".join(map(str, range(50_000))),
-    ],
-)
-async def test_no_question_is_a_syntax_error(notes: Path, tmp_path: Path, question: str) -> None:
-    async with loaded(tmp_path) as rag:
-        text, _ = await ask(rag, question)
-        _, below = await ask(rag, "baker")
-
-    assert text.endswith(question)
-    assert below == "\n\nSources:\n- house/keys.txt"
+def no_database(file: Path) -> None:
+    file.write_bytes(b"no database at all" * 100)
 
 
-async def test_words_that_say_little_count_where_there_are_no_others(
-    notes: Path, tmp_path: Path
-) -> None:
-    async with loaded(tmp_path) as rag:
-        _, with_others = await ask(rag, "the has a barrel")
-        _, alone = await ask(rag, "the has")
-
-    assert "keys.txt" not in with_others
-    assert "keys.txt" in alone
+def damaged_inside(file: Path) -> None:
+    whole = file.read_bytes()
+    file.write_bytes(whole[:4096] + b"\xff" * (len(whole) - 4096))
 
 
-async def test_where_nothing_is_found_both_sides_are_told(notes: Path, tmp_path: Path) -> None:
-    async with loaded(tmp_path) as rag:
-        text, below = await ask(rag, "quokka?")
-
-    assert "hold nothing about it" in text
-    assert text.endswith("\n\nquokka?")
-    assert below == "\n\n(Nothing found in the folder.)"
+def damaged_text(file: Path) -> None:
+    with closing(sqlite3.connect(file)) as db, db:
+        db.execute("UPDATE chunks SET text = CAST(x'ff' AS TEXT)")
 
 
-@pytest.mark.parametrize("question", ["", " \n"])
-async def test_an_empty_prompt_is_left_alone(notes: Path, tmp_path: Path, question: str) -> None:
-    async with loaded(tmp_path) as rag:
-        assert await ask(rag, question) == (question, "")
+def gone(file: Path) -> None:
+    shutil.rmtree(file.parent)
 
 
-async def test_a_continuation_is_left_alone(notes: Path, tmp_path: Path) -> None:
-    payload = a_chat("barrel")
-    payload["messages"].append({"role": "tool", "content": "42"})
-    async with loaded(tmp_path) as rag:
-        assert await turn(rag, payload) == (payload, "")
-
-
-async def test_only_the_last_question_counts(notes: Path, tmp_path: Path) -> None:
-    payload = a_chat("rain barrel", "Which one?", "spare key")
-    async with loaded(tmp_path) as rag:
-        changed, below = await turn(rag, payload)
-
-    assert changed["messages"][:2] == payload["messages"][:2]
-    assert below == "\n\nSources:\n- house/keys.txt"
-
-
-async def test_of_the_parts_of_an_openai_message_only_the_text_is_changed(
-    notes: Path, tmp_path: Path
-) -> None:
-    image = {"type": "image_url", "image_url": {"url": "data:image/png;base64,AA=="}}
-    payload = a_chat([image, {"type": "text", "text": "rain barrel"}])
-    async with loaded(tmp_path) as rag:
-        changed, below = await turn(rag, payload)
-
-    first, text = changed["messages"][0]["content"]
-    assert first == image
-    assert text["text"].endswith("We decided to buy a rain barrel.\n\nrain barrel")
-    assert below == "\n\nSources:\n- minutes.md, Minutes > Meeting of 12 May"
-
-
-@pytest.mark.parametrize(("k", "passages"), [(-5, 1), (0, 1), (3, 3), (20, 20), (10**9, 20)])
-async def test_k_is_clamped(notes: Path, tmp_path: Path, k: int, passages: int) -> None:
-    for number in range(30):
-        write(notes / f"{number}.txt", "otter")
-    async with loaded(tmp_path) as rag:
-        text, _ = await ask(rag, "otter", k=k)
-
-    assert text.count(".txt\notter") == passages
-
-
-async def test_passages_that_do_not_fit_are_left_out_and_are_no_sources(
-    notes: Path, tmp_path: Path
-) -> None:
-    for number in range(3):
-        write(notes / f"{number}.txt", "otter " + "x" * 80)
-    async with loaded(tmp_path, max_chars=250) as rag:
-        text, below = await ask(rag, "otter")
-
-    assert text.count("otter x") == 2
-    assert below == "\n\nSources:\n- 0.txt\n- 1.txt"
-
-
-async def test_a_single_passage_that_does_not_fit_is_cut(notes: Path, tmp_path: Path) -> None:
-    async with loaded(tmp_path, max_chars=20) as rag:
-        text, _ = await ask(rag, "baker")
-
-    assert text.split("\n\n")[1] == "[1] house/keys.txt\nT"
-
-
-async def test_a_damaged_index_is_made_anew(notes: Path, tmp_path: Path) -> None:
-    async with loaded(tmp_path) as rag:
-        for rubbish in (b"no database at all" * 100, b""):
-            (tmp_path / "data/rag/index.db").write_bytes(rubbish)
-            assert "12 May" in (await ask(rag, "rain barrel"))[1]
-    (tmp_path / "data/rag/index.db").write_bytes(b"no database at all" * 100)
-    async with loaded(tmp_path) as rag:
-        assert "12 May" in (await ask(rag, "rain barrel"))[1]
-
-
-async def test_an_index_that_was_deleted_under_a_writer_is_made_anew(
-    notes: Path, tmp_path: Path
+@pytest.mark.parametrize("damage", [no_database, damaged_inside, damaged_text, gone])
+async def test_a_damaged_index_is_made_anew(
+    notes: Path, tmp_path: Path, damage: Callable[[Path], None]
 ) -> None:
     async with loaded(tmp_path) as rag:
         await ask(rag, "rain barrel")
-        with closing(sqlite3.connect(tmp_path / "data/rag/index.db")) as db:
-            db.execute("UPDATE state SET version = 7")
-            db.commit()  # into a second file, which stays
-            (tmp_path / "data/rag/index.db").unlink()
-
-            assert (await ask(rag, "rain barrel", k=1))[1] == BARREL
-
-
-async def test_an_index_that_is_damaged_inside_is_made_anew(notes: Path, tmp_path: Path) -> None:
+        damage(rag.index.file)
+        assert sources((await ask(rag, "rain barrel"))[1]) == [MAY]
+        damage(rag.index.file)
     async with loaded(tmp_path) as rag:
-        file = tmp_path / "data/rag/index.db"
-        whole = file.read_bytes()
-        file.write_bytes(whole[:4096] + b"\xff" * (len(whole) - 4096))
-
-        assert "12 May" in (await ask(rag, "rain barrel"))[1]
-
-
-async def test_an_index_with_a_damaged_text_is_made_anew(notes: Path, tmp_path: Path) -> None:
-    async with loaded(tmp_path) as rag:
-        with closing(sqlite3.connect(tmp_path / "data/rag/index.db")) as db, db:
-            db.execute("UPDATE chunks_content SET c2 = CAST(x'ff' AS TEXT)")
-
-        assert "a rain barrel." in (await ask(rag, "rain barrel"))[0]
-
-
-async def test_an_index_of_another_version_is_made_anew(notes: Path, tmp_path: Path) -> None:
-    file = tmp_path / "data/rag/index.db"
-    file.parent.mkdir(parents=True)
-    with closing(sqlite3.connect(file)) as db:
-        db.executescript("CREATE TABLE files (path TEXT); PRAGMA user_version = 99")
-
-    async with loaded(tmp_path) as rag:
-        assert "12 May" in (await ask(rag, "rain barrel"))[1]
+        assert sources((await ask(rag, "rain barrel"))[1]) == [MAY]
 
 
 @pytest.mark.parametrize(
@@ -774,169 +741,73 @@ def test_only_for_damage_the_index_is_removed(code: str, damage: bool) -> None:
     assert is_damage(error) is damage
 
 
-async def test_other_errors_of_the_database_are_not_taken_for_damage(
-    notes: Path, tmp_path: Path
-) -> None:
-    (tmp_path / "data/rag/index.db").mkdir(parents=True)
-
-    async with loaded(tmp_path) as rag:
-        assert "unable to open" in str(rag.error)
-
-
-async def test_what_dies_halfway_leaves_the_index_as_it_was(notes: Path, tmp_path: Path) -> None:
-    async with loaded(tmp_path) as rag:
-        with closing(sqlite3.connect(tmp_path / "data/rag/index.db")) as db:
-            db.execute("DELETE FROM files")  # and no commit
-
-        assert "12 May" in (await ask(rag, "rain barrel"))[1]
-
-
 async def test_requests_at_once_find_the_same(notes: Path, tmp_path: Path) -> None:
-    """Two registries stand for two processes: they share nothing but the files."""
+    """Two agents stand for two processes: they share nothing but the files."""
     async with loaded(tmp_path) as one, loaded(tmp_path) as two:
-        assert [(await ask(rag, "barrel"))[1] for rag in (one, two)] == [BARREL, BARREL]
+        assert [sources((await ask(rag, "barrel"))[1]) for rag in (one, two)] == [[MAY], [MAY]]
         for number in range(50):
             write(notes / f"{number}.txt", f"otter {number}")
-        (tmp_path / "data/rag/index.db").unlink()
-        questions = [ask(rag, "otter 42", k=1) for rag in (one, two) * 4]
-        answers = await asyncio.gather(*questions)
+        one.index.file.unlink()
+        answers = await asyncio.gather(*(ask(rag, "otter 42", k=1) for rag in (one, two) * 4))
 
-    assert {below for _, below in answers} == {"\n\nSources:\n- 42.txt"}
-
-
-async def test_one_request_does_not_see_what_another_found(notes: Path, tmp_path: Path) -> None:
-    async with loaded(tmp_path) as rag:
-        first = an_instance(rag, a_chat("baker"))
-        await rag.runner.run(first.on_request, a_chat("baker"), clock=Clock(30))
-        await ask(rag, "rain barrel")
-
-        assert await first.on_end() == "\n\nSources:\n- house/keys.txt"
+    assert {tuple(sources(below)) for _, below in answers} == {("42.txt",)}
 
 
-async def test_only_visible_texts_of_the_folder_are_read(notes: Path, tmp_path: Path) -> None:
-    write(tmp_path / "secret/plan.md", "otter")
-    for name in (".hidden.md", ".git/notes.md", "otter.py", "otter.md.bak"):
-        write(notes / name, "otter")
-    (notes / "link.md").symlink_to(tmp_path / "secret/plan.md")
-    (notes / "linked").symlink_to(tmp_path / "secret")
-    (notes / "loop.md").symlink_to(notes / "loop.md")
-    (notes / "folder.md").mkdir()
-    os.mkfifo(notes / "pipe.md")  # to open it would wait for a writer
-    async with loaded(tmp_path) as rag:
-        _, below = await ask(rag, "otter")
+INDEXING = """
+import sys, time
+from pathlib import Path
+from plugins.rag_agent.follower import Follower
+from plugins.rag_agent.index import Index
 
-    assert below == "\n\n(Nothing found in the folder.)"
+file, folder = map(Path, sys.argv[1:])
+Follower(Index(file), {"": folder}, 10**7, print)
+time.sleep(60)
+"""
 
 
-async def test_a_link_inside_of_the_folder_is_followed(notes: Path, tmp_path: Path) -> None:
-    (notes / "link.md").symlink_to(notes / "house/keys.txt")
-    async with loaded(tmp_path) as rag:
-        _, below = await ask(rag, "link")
-
-    assert below == "\n\nSources:\n- link.md"
-
-
-@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "cp1252"])
-async def test_texts_in_the_usual_encodings_are_read(
-    notes: Path, tmp_path: Path, encoding: str
-) -> None:
-    write(notes / "old.md", "# Otter\r\n\r\nDer Otter sagt äöü.\r\n".encode(encoding))
-    async with loaded(tmp_path) as rag:
-        text, below = await ask(rag, "otter")
-
-    assert "old.md, Otter\nDer Otter sagt äöü.\n" in text
-    assert below == "\n\nSources:\n- old.md, Otter"
-
-
-@pytest.mark.skipif(sys.platform != "linux", reason="other systems refuse such names")
-async def test_a_name_that_is_not_utf_8_is_shown_with_replacements(
+async def test_a_process_that_is_killed_in_the_middle_leaves_an_index_that_heals(
     notes: Path, tmp_path: Path
 ) -> None:
-    write(Path(os.fsdecode(os.fsencode(notes) + b"/k\xe4se.txt")), "otter")
+    for number in range(400):
+        write(notes / f"{number:03}.txt", "\n\n".join([f"otter{number} {'swims ' * 120}"] * 9))
     async with loaded(tmp_path) as rag:
-        _, below = await ask(rag, "otter")
-
-    assert below == "\n\nSources:\n- k\ufffdse.txt"
-
-
-async def test_a_file_of_fifty_megabytes_is_left_out_and_the_log_says_so_once(
-    notes: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    with (notes / "dump.txt").open("wb") as file:
-        file.truncate(50_000_000)
+        file = rag.index.file
+    gone(file)
+    kill_while_indexing(file, notes)
+    (some,) = rows(tmp_path, "SELECT count(*) FROM files")[0]
+    whole = rows(tmp_path, "PRAGMA integrity_check")
     async with loaded(tmp_path) as rag:
-        await ask(rag, "otter")
-        _, below = await ask(rag, "dump")
+        found = [sources((await ask(rag, f"otter{number}", k=1))[1]) for number in (100, 200, 399)]
 
-        assert below == "\n\n(Nothing found in the folder.)"
-        assert left_out(caplog) == [("dump.txt", "has more than 10000000 bytes")]
-        assert "left out: dump.txt (has more than 10000000 bytes)" in progress(rag)
+    assert 0 < some < 402 and whole == [("ok",)]
+    assert found == [["100.txt"], ["200.txt"], ["399.txt"]]
 
 
-async def test_the_limit_for_files_may_change_with_a_start(notes: Path, tmp_path: Path) -> None:
-    for limit, found in ((10, False), (1000, True), (20, False)):
-        async with loaded(tmp_path, max_file=limit) as rag:
-            _, below = await ask(rag, "baker")
-
-        assert ("keys.txt" in below) is found
-
-
-async def test_rubbish_with_the_name_of_a_text_is_left_out(
-    notes: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    write(notes / "rubbish.md", bytes(range(256)) * 40)
-    async with loaded(tmp_path) as rag:
-        _, below = await ask(rag, "rubbish or baker")
-
-    assert below == "\n\nSources:\n- house/keys.txt"
-    assert left_out(caplog) == [("rubbish.md", "is not text")]
-
-
-@pytest.mark.skipif(not hasattr(os, "geteuid"), reason="permissions are others here")
-async def test_what_may_not_be_read_is_named_in_the_log_and_read_when_it_may(
-    notes: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    write(notes / "locked.txt", "otter")
-    write(notes / "closed/zoo.txt", "otter")
-    (notes / "locked.txt").chmod(0)
-    (notes / "closed").chmod(0)
-    if os.access(notes / "locked.txt", os.R_OK):
-        pytest.skip("root reads everything")
-    async with loaded(tmp_path) as rag:
-        assert "12 May" in (await ask(rag, "rain barrel"))[1]
-        why = "Permission denied"
-        assert left_out(caplog) == [("closed", why), ("locked.txt", why)]
-
-        (notes / "locked.txt").chmod(0o600)
-        (notes / "closed").chmod(0o700)
-        assert (await ask(rag, "otter"))[1].count(".txt") == 2
-
-
-async def test_nothing_but_its_data_is_written(notes: Path, tmp_path: Path) -> None:
-    before = files_of(PLUGINS / "rag_agent"), files_of(tmp_path)
-    async with loaded(tmp_path) as rag:
-        await ask(rag, "rain barrel")
-
-    assert files_of(PLUGINS / "rag_agent") == before[0]
-    assert files_of(tmp_path) == before[1] | {tmp_path / "data/rag/index.db"}
-
-
-def files_of(folder: Path) -> set[Path]:
-    return {path for path in folder.rglob("*") if path.is_file()}
+def kill_while_indexing(file: Path, folder: Path) -> None:
+    """Index a folder in another process, and kill that as soon as some files are there."""
+    command = [sys.executable, "-c", INDEXING, str(file), str(folder)]
+    out = subprocess.DEVNULL
+    with subprocess.Popen(command, cwd=FOLDER.parents[1], stdout=out) as process:
+        deadline = time.monotonic() + 30
+        while time.monotonic() < deadline and process.poll() is None:
+            with suppress(sqlite3.Error), closing(sqlite3.connect(file)) as db:
+                if db.execute("SELECT count(*) FROM files").fetchone()[0] > 20:
+                    break
+        process.kill()
 
 
 class Brain:
-    """An Ollama with an embedding model that knows which words mean the same.
+    """An embedding model that knows which words mean the same; it stands for `context.ask`.
 
-    `status`, `embed` and `most` may be changed; `asked` is what was to be embedded.
+    `error`, `embed`, `dims` and `most` may be changed; `asked` is what was to be embedded.
     """
 
     MEANINGS = {"physician": 0, "doctor": 0, "barrel": 1, "cask": 1, "key": 2, "baker": 2}
 
-    def __init__(self) -> None:
-        self.status = 200
+    def __init__(self, embed: Callable[[str], Any] | None = None) -> None:
+        self.error: Exception | None = None
         self.dims = 8
-        self.embed: Callable[[str], Any] = self.meaning
+        self.embed = embed or self.meaning
         self.most = 1000  # vectors in one answer
         self.asked: list[list[str]] = []
 
@@ -946,364 +817,165 @@ class Brain:
             vector[self.MEANINGS.get(word, self.dims - 1)] += 1 if word in self.MEANINGS else 0.1
         return vector
 
-    async def answer(self, request: Request) -> Response:
-        self.asked.append((await request.json())["input"])
-        vectors = [self.embed(text) for text in self.asked[-1]][: self.most]
-        return Response(json.dumps({"embeddings": vectors}), self.status)
-
-    @property
-    def app(self) -> Starlette:
-        return Starlette(routes=[Route("/api/embed", self.answer, methods=["POST"])])
+    async def __call__(self, path: str, body: Payload) -> Any:
+        assert path == "/api/embed" and body["model"] == "brain"
+        self.asked.append(body["input"])
+        if self.error:
+            raise self.error
+        return {"embeddings": [self.embed(text) for text in body["input"]][: self.most]}
 
 
-@pytest.fixture
-def brain() -> Brain:
-    return Brain()
-
-
-@pytest.fixture
-async def client(brain: Brain) -> AsyncIterator[OllamaClient]:
-    async with demo.serve(brain.app) as url:
-        async with OllamaClient(parse_upstream(url), 5.0) as client:
-            yield client
-
-
-async def all_embedded(plugin: Plugin, client: OllamaClient) -> None:
+async def all_embedded(rag: Rag, brain: Brain) -> None:
     """Wait until what has no vector was given one, or could not be."""
-    agent: Any = plugin.agent
-    await agent.vectors.begin(an_instance(plugin, a_chat("otter"), client=client).context)
+    await rag.vectors.begin(an_instance(rag, "otter", brain).context)
 
 
 async def test_with_an_embedding_model_other_words_of_that_meaning_are_found(
-    notes: Path, tmp_path: Path, client: OllamaClient
+    notes: Path, tmp_path: Path
 ) -> None:
-    async with loaded(tmp_path, embed_model="brain") as rag:
-        _, below = await ask(rag, "cask", k=1, client=client)
-
-        assert below == BARREL
-        assert progress(rag) == "2 files, 3 passages; 3 of 3 passages have vectors"
-
-
-def test_what_both_rankings_name_comes_first() -> None:
-    assert fused([[1, 2, 3], [4, 2]]) == [2, 1, 4, 3]
-
-
-async def test_vectors_are_kept_as_float32_of_the_length_one(
-    notes: Path, tmp_path: Path, client: OllamaClient
-) -> None:
-    async with loaded(tmp_path, embed_model="brain") as rag:
-        await ask(rag, "cask", client=client)
-
+    brain = Brain()
+    for _ in range(2):
+        async with loaded(tmp_path, embed_model="brain") as rag:
+            assert sources((await ask(rag, "cask", k=1, model=brain))[1]) == [MAY]
+            assert rag.progress == "2 files, 3 passages; 3 of 3 passages have vectors"
     stored = [array("f", data) for (data,) in rows(tmp_path, "SELECT vector FROM vectors")]
-    assert [len(vector) for vector in stored] == [8, 8, 8]
+
+    assert f"{MAY}\nWe decided to buy a rain barrel." in brain.asked[0]
+    assert [len(texts) for texts in brain.asked] == [3, 1, 1]  # a passage once
     assert [math.hypot(*vector) for vector in stored] == pytest.approx([1, 1, 1])
 
 
-async def test_a_passage_is_embedded_once_and_with_its_headings(
-    notes: Path, tmp_path: Path, brain: Brain, client: OllamaClient
-) -> None:
-    for _ in range(2):
-        async with loaded(tmp_path, embed_model="brain") as rag:
-            await ask(rag, "cask", client=client)
-
-    may = "minutes.md, Minutes > Meeting of 12 May\nWe decided to buy a rain barrel."
-    assert may in brain.asked[0] and len(brain.asked[0]) == 3
-    assert brain.asked[1:] == [["cask"], ["cask"]]
-
-
-async def test_only_what_changed_is_embedded_again(
-    notes: Path, tmp_path: Path, brain: Brain, client: OllamaClient
-) -> None:
+async def test_only_what_changed_is_embedded_again(notes: Path, tmp_path: Path) -> None:
+    brain = Brain()
     async with loaded(tmp_path, embed_model="brain") as rag:
-        await ask(rag, "cask", client=client)
+        await ask(rag, "cask", model=brain)
         write(notes / "house/keys.txt", "The doctor has a spare key.")
-        shutil.copy(notes / "house/keys.txt", notes / "new.txt")
         (notes / "minutes.md").unlink()
-        _, below = await ask(rag, "physician", client=client)
+        _, below = await ask(rag, "physician", model=brain)
 
-    assert [len(texts) for texts in brain.asked] == [3, 1, 2, 1]
-    assert sorted(below.split("\n- ")[1:]) == ["house/keys.txt", "new.txt"]
-    assert rows(tmp_path, "SELECT count(*) FROM vectors") == [(2,)]
+    assert [len(texts) for texts in brain.asked] == [3, 1, 1, 1]
+    assert sources(below) == ["house/keys.txt"]
+    assert rows(tmp_path, "SELECT count(*) FROM vectors") == [(1,)]
 
 
 async def test_until_most_passages_have_vectors_words_alone_decide(
-    notes: Path, tmp_path: Path, brain: Brain, client: OllamaClient
+    notes: Path, tmp_path: Path
 ) -> None:
+    brain = Brain()
     async with loaded(tmp_path, embed_model="brain", embed_batch=2) as rag:
-        _, first = await ask(rag, "cask", client=client)  # three are missing: not waited for
-        await all_embedded(rag, client)
-        _, then = await ask(rag, "cask", k=1, client=client)
+        first = await ask(rag, "cask", model=brain)  # three are missing: not waited for
+        await all_embedded(rag, brain)
+        then = await ask(rag, "cask", k=1, model=brain)
 
-    assert first == "\n\n(Nothing found in the folder.)"
-    assert then == BARREL
+    assert (first[1], sources(then[1])) == (NOT_FOUND, [MAY])
     assert [len(texts) for texts in brain.asked] == [2, 1, 1]
 
 
-@pytest.mark.parametrize("status", [404, 500])
-async def test_without_the_embedding_model_words_are_enough_and_the_log_says_so(
-    notes: Path,
-    tmp_path: Path,
-    brain: Brain,
-    client: OllamaClient,
-    caplog: pytest.LogCaptureFixture,
-    status: int,
+@pytest.mark.parametrize(
+    "nonsense", [OSError("down"), [], [math.nan] * 8, [None] * 8, ["a"], None, 7, {}]
+)
+async def test_a_model_that_fails_costs_nothing_but_meaning(
+    notes: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, nonsense: Any
 ) -> None:
+    brain = Brain(lambda text: nonsense)
+    brain.error = nonsense if isinstance(nonsense, Exception) else None
     async with loaded(tmp_path, embed_model="brain") as rag:
-        brain.status = status
-        _, below = await ask(rag, "barrel", client=client)
-
-        assert below == BARREL
+        assert sources((await ask(rag, "barrel", model=brain))[1]) == [MAY]
         assert "passages have no vectors" in caplog.messages
-        assert progress(rag).endswith("; passages get no vectors, the log says why")
+        assert rag.progress.endswith("; passages get no vectors, the log says why")
+        brain.error, brain.embed = None, brain.meaning
+        assert sources((await ask(rag, "cask", k=1, model=brain))[1]) == [MAY]
+        brain.error = OSError("down")
+        assert sources((await ask(rag, "barrel", model=brain))[1]) == [MAY]
+    assert caplog.messages[-1].startswith("question has no vector: ")
 
-        brain.status = 200
-        assert (await ask(rag, "cask", k=1, client=client))[1] == BARREL
 
-
-async def test_a_model_that_fails_later_costs_nothing_but_meaning(
-    notes: Path,
-    tmp_path: Path,
-    brain: Brain,
-    client: OllamaClient,
-    caplog: pytest.LogCaptureFixture,
-) -> None:
+async def test_vectors_of_several_lengths_or_too_few_are_none(notes: Path, tmp_path: Path) -> None:
+    brain = Brain(lambda text: [1.0] * len(text))
     async with loaded(tmp_path, embed_model="brain") as rag:
-        await ask(rag, "cask", client=client)
-        brain.status = 500
-        _, below = await ask(rag, "barrel", client=client)
-
-    assert below == BARREL
-    assert any(text.startswith("question has no vector: ") for text in caplog.messages)
-
-
-@pytest.mark.parametrize("nonsense", [[], [math.nan] * 8, [None] * 8, ["a"], None, 7, {}])
-async def test_nonsense_in_the_place_of_a_vector_is_no_vector(
-    notes: Path, tmp_path: Path, brain: Brain, client: OllamaClient, nonsense: Any
-) -> None:
-    brain.embed = lambda text: nonsense
-    async with loaded(tmp_path, embed_model="brain") as rag:
-        assert (await ask(rag, "barrel", client=client))[1] == BARREL
-        brain.embed = brain.meaning
-        assert (await ask(rag, "cask", k=1, client=client))[1] == BARREL
-
-
-async def test_vectors_of_several_lengths_or_too_few_are_none(
-    notes: Path, tmp_path: Path, brain: Brain, client: OllamaClient
-) -> None:
-    async with loaded(tmp_path, embed_model="brain") as rag:
-        brain.embed = lambda text: [1.0] * len(text)
-        several = await ask(rag, "barrel", client=client)
+        assert sources((await ask(rag, "barrel", model=brain))[1]) == [MAY]
         brain.embed, brain.most = brain.meaning, 2
-        few = await ask(rag, "barrel", client=client)
-
-    assert (several[1], few[1]) == (BARREL, BARREL)
-    assert rows(tmp_path, "SELECT count(*) FROM vectors") == [(0,)]
-
-
-async def test_with_few_vectors_the_model_is_not_asked_about_the_question(
-    notes: Path, tmp_path: Path, brain: Brain, client: OllamaClient
-) -> None:
-    brain.embed = lambda text: brain.meaning(text) if "baker" in text else [math.nan]
-    async with loaded(tmp_path, embed_model="brain", embed_batch=1) as rag:
-        await ask(rag, "cask", client=client)
-        await all_embedded(rag, client)
-        _, below = await ask(rag, "cask", client=client)
-
-    assert rows(tmp_path, "SELECT count(*) FROM vectors") == [(1,)]
-    assert ["cask"] not in brain.asked
-    assert below == "\n\n(Nothing found in the folder.)"
-
-
-def test_a_vector_that_comes_too_late_belongs_to_nobody(tmp_path: Path) -> None:
-    index = Index(tmp_path / "index.db")
-    vectors = Vectors(index, "brain", 1, lambda text: None)
-    with index.open() as db:
-        put(db, "a", "", "", [("a", "", "otter")])
-        ((late,),) = db.execute("SELECT rowid FROM chunks").fetchall()
-        put(db, "a", "", "", [("a", "", "yak")])
-    vectors.store([late], [normalised([1.0, 2.0])])
-
-    assert vectors.load().missing == 1
-    with index.open() as db:
-        assert db.execute("SELECT count(*) FROM vectors").fetchall() == [(0,)]
+        assert sources((await ask(rag, "barrel", model=brain))[1]) == [MAY]
+        assert rows(tmp_path, "SELECT count(*) FROM vectors") == [(0,)]
 
 
 async def test_one_passage_that_the_model_cannot_read_does_not_stop_the_others(
-    notes: Path, tmp_path: Path, brain: Brain, client: OllamaClient
+    notes: Path, tmp_path: Path
 ) -> None:
     for number in range(20):
         write(notes / f"{number}.txt", f"{'doctor ' * 9} {number}")
+    brain = Brain()
     brain.embed = lambda text: [math.nan] if "baker" in text else brain.meaning(text)
     async with loaded(tmp_path, embed_model="brain", embed_batch=1) as rag:
-        await ask(rag, "cask", client=client)
-        await all_embedded(rag, client)
+        await ask(rag, "cask", model=brain)
+        await all_embedded(rag, brain)
 
-        assert progress(rag).endswith("22 of 23 passages have vectors")
-        assert (await ask(rag, "cask", k=1, client=client))[1] == BARREL
+        assert rag.progress.endswith("22 of 23 passages have vectors")
+        assert sources((await ask(rag, "cask", k=1, model=brain))[1]) == [MAY]
+        assert rows(tmp_path, "SELECT count(*) FROM vectors") == [(22,)]
 
 
-async def test_a_model_that_answers_with_other_numbers_takes_the_place_of_the_first(
-    notes: Path, tmp_path: Path, brain: Brain, client: OllamaClient
+async def test_vectors_of_another_length_take_the_place_of_the_first(
+    notes: Path, tmp_path: Path
 ) -> None:
+    brain = Brain()
     async with loaded(tmp_path, embed_model="brain") as rag:
-        await ask(rag, "cask", client=client)
+        await ask(rag, "cask", model=brain)
         brain.dims = 16
-        _, first = await ask(rag, "cask", k=1, client=client)
-        await all_embedded(rag, client)
-        _, then = await ask(rag, "cask", k=1, client=client)
+        first = await ask(rag, "cask", k=1, model=brain)
+        then = await ask(rag, "cask", k=1, model=brain)
 
-    assert (first, then) == ("\n\n(Nothing found in the folder.)", BARREL)
-    assert rows(tmp_path, "SELECT DISTINCT dims FROM vectors") == [(16,)]
-
-
-async def test_another_embedding_model_takes_the_place_of_the_first(
-    notes: Path, tmp_path: Path, brain: Brain, client: OllamaClient
-) -> None:
-    for model in ("one", "", "two"):
-        async with loaded(tmp_path, embed_model=model) as rag:
-            await ask(rag, "cask", client=client)
-
-    assert [len(texts) for texts in brain.asked] == [3, 1, 3, 1]
-    assert rows(tmp_path, "SELECT DISTINCT model FROM vectors") == [("two",)]
+    assert (first[1], sources(then[1])) == (NOT_FOUND, [MAY])
+    assert rows(tmp_path, "SELECT DISTINCT length(vector) FROM vectors") == [(64,)]
 
 
-async def test_the_end_of_the_proxy_does_not_wait_for_vectors(
-    notes: Path, tmp_path: Path, ollama: FakeOllama, ollama_url: str
-) -> None:
-    ollama.answers(ollama.pause)
-    async with OllamaClient(parse_upstream(ollama_url), 5.0) as client:
-        with anyio.fail_after(5):
-            async with loaded(tmp_path, embed_model="brain", embed_batch=1) as rag:
-                await ask(rag, "cask", client=client)
-                await ollama.arrived.wait()
-            await ollama.disconnected.wait()
+def test_a_vector_that_comes_too_late_belongs_to_no_passage(tmp_path: Path) -> None:
+    index = Index(tmp_path / "index.db")
+    vectors = Vectors(index, "brain", 1, lambda text: None)
+    with index.open() as db:
+        put(db, "a", ["a", "", "", ""], [("", "otter")])
+        ((late,),) = db.execute("SELECT id FROM chunks").fetchall()
+        put(db, "a", ["a", "", "", ""], [("", "yak")])
+    vectors.store([late], [normalised([1.0, 2.0])])
+
+    assert vectors.load() == 1
 
 
-async def test_of_many_vectors_the_nearest_are_found(tmp_path: Path) -> None:
+async def test_the_end_of_the_proxy_does_not_wait_for_vectors(notes: Path, tmp_path: Path) -> None:
+    arrived = asyncio.Event()
+
+    async def forever(path: str, body: Payload) -> None:
+        arrived.set()
+        await asyncio.Event().wait()
+
+    async with asyncio.timeout(5), loaded(tmp_path, embed_model="brain", embed_batch=1) as rag:
+        await ask(rag, "cask", model=forever)
+        await arrived.wait()
+
+
+def test_of_many_vectors_the_nearest_are_found(tmp_path: Path) -> None:
     """The codes leave out most vectors: the nearest must not be among those."""
     rng = random.Random(7)
     index = Index(tmp_path / "index.db")
     vectors = Vectors(index, "random", 1, lambda text: None)
     middle = [[rng.gauss(0, 1) for _ in range(96)] for _ in range(30)]
-    many = [normalised([x + rng.gauss(0, 1) for x in rng.choice(middle)]) for _ in range(2000)]
+
+    def near_one() -> Sequence[float]:
+        return normalised([x + rng.gauss(0, 1) for x in rng.choice(middle)])
+
+    many = [near_one() for _ in range(2000)]
     with index.open() as db:
-        put(db, "a", "", "", [("a", "", "otter")] * len(many))
-        ids = [row for (row,) in db.execute("SELECT rowid FROM chunks")]
-    vectors.store(ids, many)
+        put(db, "a", ["a", "", "", ""], [("", "otter")] * len(many))
+        ids = [row for (row,) in db.execute("SELECT id FROM chunks")]
+    vectors.store(ids, [array("f", vector) for vector in many])
     vectors.load()
     hits = 0
     with index.open() as db:
         for _ in range(20):
-            asked = normalised([x + rng.gauss(0, 1) for x in rng.choice(middle)])
-            near = [sum(map(operator.mul, asked, other)) for other in many]
-            best = sorted(range(len(many)), key=near.__getitem__, reverse=True)[:5]
-            hits += len({ids[place] for place in best} & set(vectors.near(db, asked, 5)))
+            asked = near_one()
+            scores = [sum(map(operator.mul, asked, other)) for other in many]
+            best = sorted(range(len(many)), key=scores.__getitem__, reverse=True)[:5]
+            near = vectors.near(db, array("f", asked))[:5]
+            hits += len({ids[place] for place in best} & set(near))
 
     assert hits >= 90  # of 100
-
-
-@pytest.mark.parametrize("model", ["", "brain"])
-async def test_the_right_passage_is_among_five_for_nine_of_ten_questions(
-    tmp_path: Path, brain: Brain, client: OllamaClient, model: str
-) -> None:
-    """The questions of its bench that share words with the passage they are about.
-
-    An embedding model that knows nothing at all must not spoil that.
-    """
-    rng = random.Random(7)
-    brain.embed = lambda text: [rng.gauss(0, 1) for _ in range(8)]
-    bench = ROOT / "plugins/rag_agent/bench/rag.toml"
-    articles = tomllib.loads(bench.read_text(encoding="utf-8"))["articles"]
-    for article in articles:
-        write(tmp_path / "notes" / article["name"], article["text"])
-    hits = []
-    async with loaded(tmp_path, embed_model=model, embed_batch=1000) as rag:
-        for article in articles:
-            for question, answer, kind in article["questions"]:
-                text, _ = await ask(rag, question, k=5, client=client)
-                hits += [" ".join(answer.split()) in " ".join(text.split())] * (kind == "words")
-
-    assert len(hits) >= 40 and len(brain.asked) >= (len(hits) if model else 0)
-    assert sum(hits) >= 0.9 * len(hits)
-
-
-NOTE = """
-class Note(BaseAgent):
-    async def on_request(self, payload):
-        return add_context(payload, "Remember: the baker has a spare key.")
-"""
-PATHS = ["/api/chat", "/v1/chat/completions"]
-
-
-@pytest.fixture
-async def proxy(notes: Path, plugins: Path, demo_url: str) -> AsyncIterator[httpx.AsyncClient]:
-    """A proxy with the agents rag, translate and note, before a model that repeats all it reads."""
-    for name in ("rag_agent", "translate_agent"):
-        shutil.copytree(PLUGINS / name, plugins / name)
-    write_agent(plugins, "note", NOTE)
-    rag = {"settings": {"folder": str(notes), "wait": 20, "embed_model": "demo-embed"}}
-    async with running(demo_url, plugins, agents={"rag": rag}) as client:
-        yield client
-
-
-@pytest.mark.parametrize("path", PATHS)
-@pytest.mark.parametrize("stream", [True, False])
-async def test_it_works_in_both_dialects_streamed_and_not(
-    proxy: httpx.AsyncClient, path: str, stream: bool
-) -> None:
-    answer = await proxy.post(path, json=chat("/rag:k=1 rain barrel", stream=stream))
-
-    text = said(answer.content)
-    assert answer.headers["x-osp-agents"].startswith("rag;ok;")
-    assert "[1] minutes.md, Minutes > Meeting of 12 May\nWe decided to buy" in text
-    assert text.endswith("\n\nrain barrel" + BARREL)
-
-
-@pytest.mark.parametrize("path", PATHS)
-@pytest.mark.parametrize("stream", [True, False])
-async def test_in_a_chain_the_sources_stay_under_the_translated_answer(
-    proxy: httpx.AsyncClient, path: str, stream: bool
-) -> None:
-    asked = chat("/rag:k=1 /translate:de rain barrel", stream=stream)
-
-    text = said((await proxy.post(path, json=asked)).content)
-
-    assert "You are a translator." in text and "We decided to buy a rain barrel." in text
-    assert text.endswith(BARREL) and text.count("Sources:") == 1
-
-
-@pytest.mark.parametrize("commands", ["/note /rag:k=1", "/rag:k=1&/note", "/note&/rag:k=1"])
-async def test_what_other_agents_add_is_kept_and_not_searched_for(
-    proxy: httpx.AsyncClient, commands: str
-) -> None:
-    asked = chat(f"{commands} rain barrel", stream=False)
-
-    text = said((await proxy.post("/api/chat", json=asked)).content)
-
-    assert "Remember: the baker has a spare key." in text
-    assert text.endswith("\n\nrain barrel" + BARREL)
-
-
-async def test_the_list_of_plugins_says_how_far_it_is(proxy: httpx.AsyncClient) -> None:
-    await proxy.post("/api/chat", json=chat("/rag rain barrel", stream=False))
-    listed = (await proxy.get("/plugins")).json()["plugins"]
-
-    (said_of_rag,) = [plugin["progress"] for plugin in listed if plugin["name"] == "rag"]
-    assert said_of_rag == "2 files, 3 passages; 3 of 3 passages have vectors"
-
-
-async def test_a_tools_result_is_not_searched_for(proxy: httpx.AsyncClient) -> None:
-    asked = chat("/rag rain barrel", stream=False)
-    asked["messages"].append({"role": "tool", "content": "42"})
-
-    answer = await proxy.post("/api/chat", json=asked)
-
-    assert "rag;ok" in answer.headers["x-osp-agents"]
-    assert "Sources" not in said(answer.content) and "We decided" not in said(answer.content)
-
-
-async def test_a_prompt_cannot_choose_the_folder(proxy: httpx.AsyncClient) -> None:
-    answer = await proxy.post("/api/chat", json=chat("/rag:folder=/etc passwd", stream=False))
-
-    assert "Sources" not in said(answer.content)
-    assert "folder" in answer.text and "k" in answer.text

@@ -10,6 +10,7 @@ import asyncio
 import copy
 import json
 import os
+import re
 import time
 from collections.abc import Iterable
 from pathlib import Path
@@ -34,7 +35,12 @@ JWT = "eyJhbGciOiJIUzI1NiJ9.eyJzdWIiOiIxMjM0NTY3ODkwIn0.dozjgNryP4J3jVmNHl0w5N_X
 
 def an_agent(**settings: Any) -> Redact:
     agent = Redact()
-    agent.settings = {"names": NAMES, "images": "refuse", "tools": "refuse"} | settings
+    agent.settings = {
+        "names": NAMES,
+        "regions": [],
+        "images": "refuse",
+        "tools": "refuse",
+    } | settings
     agent.setup()
     return agent
 
@@ -220,7 +226,8 @@ def test_a_value_is_the_same_in_all_messages_whoever_said_it() -> None:
     assert three["content"] == "Hello [EMAIL_2]!"
     assert three["thinking"] == "[EMAIL_2] is not [EMAIL_1]"
     assert four["content"] == "[EMAIL_1] is ill"
-    assert (four["tool_name"], four["tool_call_id"]) == ("anna", "anna")
+    # A template may show a tool's name to the model; an id only has to match another one.
+    assert four["tool_name"].startswith("[NAME_") and four["tool_call_id"] == "anna"
     assert five["content"] == "Am I [EMAIL_3]?"  # letter for letter, or it came back otherwise
 
 
@@ -246,14 +253,14 @@ def test_the_arguments_of_tool_calls_in_the_history_are_searched(as_text: bool) 
     (changed,) = messages[0]["tool_calls"]
     told = changed["function"]["arguments"]
     assert (json.loads(told) if as_text else told) == {
-        "name": "[NAME_1]",
+        "name": "[NAME_2]",
         "id": "[EMAIL_1]",
         "n": 3,
         "card": "[CARD_1]",
         "[EMAIL_2]": [],
     }
     assert changed | {"function": function} == call
-    assert changed["function"]["name"] == "anna"
+    assert changed["function"]["name"] == "[NAME_1]"
 
 
 def test_a_tools_result_is_searched_behind_the_escapes_of_its_json() -> None:
@@ -263,7 +270,7 @@ def test_a_tools_result_is_searched_behind_the_escapes_of_its_json() -> None:
 
     changed = json.loads(messages[0]["content"])
     assert changed == {"text": "Hello\n[NAME_1]", "items": ["[EMAIL_1]", None, 1.5, True]}
-    assert messages[0]["name"] == "weiß"
+    assert messages[0]["name"] == "[NAME_2]"
 
 
 @pytest.mark.parametrize("text", ['{"a": [1, 2]}', "{no json", "[" * 100_000, '{"a":1,  "b": 2}'])
@@ -328,8 +335,10 @@ def test_a_placeholder_in_the_models_own_thoughts_keeps_its_meaning() -> None:
         (r"\[EMAIL\_1\], [EMAIL\_1], \\[EMAIL_1\\]", "bob@x.de, bob@x.de, bob@x.de"),
         (r"C:\[EMAIL_1]\x", r"C:\bob@x.de\x"),
         ("[[EMAIL_1]](mailto:[EMAIL_1])", "[bob@x.de](mailto:bob@x.de)"),
-        ("[EMAIL_2] [NAME_1] [EMAIL_01] [EMAIL_1 [EMAIL_]", None),
-        ("EMAIL_1, [EMAIL-1], [E MAIL_1], []", None),
+        ("[EMAIL_2] [NAME_1] [EMAIL_01] [EMAIL_]", None),
+        ("EMAIL_1, [EMAIL-1], [EMAIL 1]", "bob@x.de, bob@x.de, bob@x.de"),
+        ("[**EMAIL_1**], [email_1], ［EMAIL_1］", "**bob@x.de**, bob@x.de, bob@x.de"),
+        ("[E MAIL_1], []", None),
         ("ends with [EMA", None),
         ("ends with \\", None),
     ],
@@ -488,7 +497,7 @@ def test_requests_do_not_share_their_values() -> None:
     one, _ = asked({"role": "user", "content": "bob@x.de"})
     two, _ = asked({"role": "user", "content": "eve@x.de"})
 
-    assert restored(one, ["[EMAIL_1"]) == "[EMAIL_1"
+    assert restored(one, ["[EMAIL_1"]) == "[bob@x.de"
     assert (restored(one, ["[EMAIL_1]"]), restored(two, ["[EMAIL_1]"])) == ("bob@x.de", "eve@x.de")
     assert vars(AGENT) == before
 
@@ -536,7 +545,7 @@ def test_no_text_takes_longer_than_its_length(unit: str) -> None:
     mine, messages = asked({"role": "user", "content": text}, agent=agent)
     assert restored(mine, [messages[0]["content"]]) == text
 
-    assert time.process_time() - began < 1
+    assert time.process_time() - began < 5  # phonenumbers looks at each number; in a thread
 
 
 def test_an_answer_that_comes_in_pieces_takes_no_longer_than_its_length() -> None:
@@ -661,3 +670,30 @@ async def test_values_are_neither_logged_nor_kept(
 
     assert caplog.records and "bob@" not in caplog.text
     assert "redact" not in os.listdir(tmp_path)
+
+
+CASES = Path(__file__).with_name("redact_cases.txt").read_text(encoding="utf-8").splitlines()
+MARKED = re.compile("⟦(.*?)⟧")
+
+
+def spans(text: str) -> set[str]:
+    """Return the private values that a case marks."""
+    return set(MARKED.findall(text))
+
+
+def test_what_is_private_is_found_in_many_languages_and_little_else(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    right = missed = wrong = 0
+    for case in (case for case in CASES if case and not case.startswith("#")):
+        text = re.sub(r"<U\+(\w+)>", lambda m: chr(int(m[1], 16)), case.partition("|")[2])
+        plain, private = MARKED.sub(r"\1", text), spans(text)
+        mine, _ = asked({"role": "user", "content": plain})
+        found = set(mine.placeholders._of)
+        right, missed = right + len(found & private), missed + len(private - found)
+        wrong += len(found - private)
+    precision, recall = right / (right + wrong), right / (right + missed)
+    with capsys.disabled():
+        print(f"redact: precision {precision:.3f}, recall {recall:.3f} of {right + missed} values")  # noqa: T201
+
+    assert right > 200 and precision > 0.97 and recall > 0.97

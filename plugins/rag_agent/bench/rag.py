@@ -34,8 +34,9 @@ ROOT = HERE.parents[2]
 sys.path.insert(0, str(ROOT))
 
 import demo  # noqa: E402
+from kernel.address import parse_upstream  # noqa: E402
 from kernel.client import OllamaClient  # noqa: E402
-from kernel.config import PluginsConfig, parse_upstream  # noqa: E402
+from kernel.config import PluginsConfig  # noqa: E402
 from kernel.registry import PluginRegistry  # noqa: E402
 from plugins.rag_agent.vectors import normalised  # noqa: E402
 
@@ -74,7 +75,7 @@ async def loaded(folder: Path, data: Path, model: str) -> AsyncIterator[Any]:
         if plugin.agent is None:
             raise SystemExit(f"the agent cannot be loaded: {plugin.error}")
         agent: Any = plugin.agent
-        agent.arguments = {"k": K}
+        agent.arguments = {"k": K, "in": ""}
         while agent.follower.unread:
             await asyncio.to_thread(agent.follower.catch_up, 1.0)
         yield agent
@@ -93,7 +94,7 @@ async def recall(agent: Any, context: Embedder) -> None:
             found["both"] = agent.search(question, vector)
             found["vectors alone"] = agent.search("", vector)
         for way, passages in found.items():
-            hit = any(p.file == name and holds(p.text, answer) for p in passages)
+            hit = any(p.name == name and holds(p.text, answer) for p in passages)
             hits.setdefault((way, kind), []).append(hit)
             hits.setdefault((way, "all"), []).append(hit)
     say(f"recall@{K} of {len(asked)} questions over {len(articles)} articles")
@@ -147,7 +148,7 @@ def language(rng: random.Random) -> tuple[list[str], list[float]]:
 def store(agent: Any, rng: random.Random) -> None:
     """Give every passage a random vector."""
     with agent.index.open() as db:
-        ids = [row for (row,) in db.execute("SELECT rowid FROM chunks")]
+        ids = [row for (row,) in db.execute("SELECT id FROM chunks")]
     for start in range(0, len(ids), 500):
         some = ids[start : start + 500]
         agent.vectors.store(some, [a_vector(rng) for _ in some])
