@@ -38,6 +38,20 @@ def test_every_piece_of_code_in_the_guide_is_one_that_runs() -> None:
     assert all((f"{folder}/test_agent.py" in dict(FILES)) for folder in folders)
 
 
+def test_the_commands_of_the_guide_begin_an_agent_and_look_it_over(tmp_path: Path) -> None:
+    file = tmp_path / "osp.toml"
+    file.write_text(f"[plugins]\ndirs = ['{tmp_path}']\n", encoding="utf-8")
+    (new,) = re.findall(r"```sh\npython (.*?)\n```", GUIDE)
+
+    for command in (new, "testkit.py check"):
+        assert f"python {command}" in GUIDE
+        run = [sys.executable, *command.split(), "--config", str(file)]
+        done = subprocess.run(run, cwd=HOME, capture_output=True, text=True, timeout=60)
+        assert done.returncode == 0, done.stderr
+
+    assert done.stdout == "ok       greet\n"
+
+
 def test_the_guide_has_every_key_of_config_json() -> None:
     listed = re.findall(r"^\| `(\w+)` \|", GUIDE, re.MULTILINE)
 

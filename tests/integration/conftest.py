@@ -121,6 +121,17 @@ def wait_for(url: str, process: subprocess.Popen[bytes], log: Path) -> None:
     pytest.fail(f"{process.args!r} does not answer:\n{log.read_text(encoding='utf-8')}")
 
 
+def wait_for_models(url: str, home: Path, *names: str) -> None:
+    """Wait until Ollama lists these models, which are presets, and set them apart."""
+    end = time.monotonic() + START
+    while time.monotonic() < end:
+        listed = httpx.get(f"{url}/api/tags", trust_env=False).json()["models"]
+        if {*names} <= {model["name"] for model in listed}:
+            return set_apart(home / "models")
+        time.sleep(0.02)
+    pytest.fail(f"Ollama does not list {', '.join(names)}")
+
+
 def stop(process: subprocess.Popen[bytes]) -> int:
     process.terminate()
     try:

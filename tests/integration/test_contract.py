@@ -15,7 +15,7 @@ import ollama
 import openai
 import pytest
 
-from tests.integration.conftest import ROOT, free_port, running, stop, wait_for
+from tests.integration.conftest import ROOT, free_port, running, stop, wait_for, wait_for_models
 from tests.support import write_agent
 
 AGENTS = {
@@ -60,7 +60,7 @@ models = ["tiny-tools"]
 
 
 @pytest.fixture(scope="module")
-def configured(direct: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+def configured(direct: str, home: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """The URL of a proxy with presets, a guard, and agents of its own."""
     folder = tmp_path_factory.mktemp("configured")
     for name, code in AGENTS.items():
@@ -69,8 +69,10 @@ def configured(direct: str, tmp_path_factory: pytest.TempPathFactory) -> Iterato
     port = str(free_port())
     flags = ["--config", str(folder / "osp.toml"), "--port", port, "--upstream", direct]
     command = [sys.executable, str(ROOT / "osp.py"), *flags]
-    with running(command, folder, {}, folder / "osp.log") as process:
+    environ = {"OSP_SERVER_DATA": str(folder / "data")}
+    with running(command, folder, environ, folder / "osp.log") as process:
         wait_for(f"http://127.0.0.1:{port}", process, folder / "osp.log")
+        wait_for_models(direct, home, "tiny-signed:latest", "canned:latest")
         yield f"http://127.0.0.1:{port}"
         assert stop(process) == 0
 
@@ -96,7 +98,9 @@ def test_a_preset_is_a_model_to_ollamas_own_command(
     shown = run(binary, home, configured, "show", "tiny-signed")
     said = run(binary, home, configured, "run", "tiny-signed", "hello")  # by /api/generate
 
-    assert re.search(r"(?m)^tiny-signed\s", listed) and re.search(r"(?m)^tiny:latest\s", listed)
+    assert re.search(r"(?m)^tiny-signed:latest\s", listed) and re.search(
+        r"(?m)^tiny:latest\s", listed
+    )
     expected = run(binary, home, direct, "show", "tiny")
     assert sorted(shown.splitlines()) == sorted(expected.splitlines())  # parameters in any order
     assert said == run(binary, home, direct, "run", "tiny", "hello")
@@ -109,7 +113,7 @@ def test_a_preset_is_a_model_to_openais_client(
     client = stack.enter_context(openai.OpenAI(base_url=f"{configured}/v1", api_key="x"))
     names = [model.id for model in client.models.list()]
 
-    assert "tiny-signed" in names
+    assert "tiny-signed:latest" in names
     assert client.models.retrieve("tiny-signed").id
     if stream:
         chunks = client.chat.completions.create(

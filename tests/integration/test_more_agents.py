@@ -51,7 +51,9 @@ def test_the_same_question_is_answered_from_the_cache(
     http: httpx.Client, proxied: str, path: str, stream: bool
 ) -> None:
     def ask(text: str, seed: int = 7) -> tuple[str, str]:
-        answer = http.post(proxied + path, json=body(text, seed, stream=stream)).raise_for_status()
+        asked = body(text, seed, stream=stream, max_tokens=400, stop=[" new"])
+        asked["options"] |= {"num_predict": 400, "stop": [" new"]}  # what is cut off is not kept
+        answer = http.post(proxied + path, json=asked).raise_for_status()
         return said(answer.content), answer.headers["x-osp-agents"].split(";")[1]
 
     question = f"tell me about {path} {stream}"

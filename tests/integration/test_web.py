@@ -84,10 +84,10 @@ def test_a_model_is_sent_the_page_and_the_answer_names_it(
 
 
 @pytest.mark.parametrize("path", PATHS)
-def test_the_answer_from_a_page_can_be_translated(
+def test_another_agent_has_its_part_in_it(
     http: httpx.Client, browsing: str, site: str, path: str
 ) -> None:
-    asked = f"/web:{site}/otters.html /translate:de how is the water?"
+    asked = f"/web:{site}/otters.html /time how is the water?"
 
     answer = http.post(browsing + path, json=body(asked, stream=True))
 
