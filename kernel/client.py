@@ -12,15 +12,14 @@ import json
 import socket
 import ssl
 import time
+from asyncio.staggered import staggered_race
 from contextlib import aclosing
 from functools import partial
 from typing import Any, Self
 
-from kernel.address import Upstream
+from kernel.config import Upstream
 from kernel.connection import Answer, Body, Connection, Headers, request_head
 from kernel.errors import UpstreamConnectionError, UpstreamError, UpstreamTimeout
-
-Dials = list[asyncio.Task[Connection]]
 
 KEPT = 64  # idle connections
 NEXT_ADDRESS = 0.25  # seconds until the next address of a name is tried, too (RFC 8305)
@@ -30,16 +29,11 @@ REPEATABLE = frozenset(
     b"/api/chat /api/generate /api/embed /api/embeddings /api/show /v1/chat/completions"
     b" /v1/completions /v1/embeddings /v1/messages /v1/responses".split()
 )
-NO_NAME = "no such name: {url} cannot be looked up ({exc}); is upstream.url right?"
-FAILURES: list[tuple[type[Exception], str]] = [
+FAILURES: list[tuple[Any, str]] = [
     (TimeoutError, "no connection to {url} in time; is upstream.url right, is a firewall between?"),
     (ConnectionRefusedError, "nothing answers at {url}: is Ollama running there? See upstream.url"),
-    (socket.gaierror, NO_NAME),
-    (UnicodeError, NO_NAME),
-    (
-        ssl.SSLCertVerificationError,
-        "the certificate of {url} is not trusted ({exc}); SSL_CERT_FILE may name it",
-    ),
+    ((socket.gaierror, UnicodeError), "no such name: {url} ({exc}); is upstream.url right?"),
+    (ssl.SSLCertVerificationError, "{url} is not trusted ({exc}); SSL_CERT_FILE may help"),
     (ssl.SSLError, "{url} does not speak TLS ({exc}); does upstream.url have to begin with http:?"),
     (Exception, "cannot connect to {url}: {exc}"),
 ]
@@ -56,14 +50,13 @@ class OllamaClient:
         self._base = upstream.base.encode()
         self._ssl = ssl.create_default_context() if upstream.scheme == "https" else None
         self._idle: list[Connection] = []  # the one used last stands last
-        self._sweeper: asyncio.TimerHandle | None = None
 
     async def __aenter__(self) -> Self:
+        self._sweeper = asyncio.create_task(self._sweep())
         return self
 
     async def __aexit__(self, *exc_info: object) -> None:
-        if self._sweeper:
-            self._sweeper.cancel()
+        self._sweeper.cancel()
         while self._idle:
             self._idle.pop().transport.abort()
 
@@ -80,7 +73,7 @@ class OllamaClient:
         streams = not (body is None or isinstance(body, bytes))
         kept = None if streams else self._kept(quiet=not repeatable)
         answer = Answer(kept or await self._connect(), method)
-        head = request_head(method, self._base + target, [self._host, *headers], body)
+        head, body = request_head(method, self._base + target, [self._host, *headers], body)
         try:
             await answer.begin(head, body)
         except UpstreamError:
@@ -109,8 +102,7 @@ class OllamaClient:
 
         Raises UpstreamError, with Ollama's own text when the status is not 200.
         """
-        async with aclosing(await self.stream(path, body)) as answer:
-            content = b"".join([chunk async for chunk in answer])
+        content = await whole(await self.stream(path, body))
         try:
             return json.loads(content)
         except ValueError as exc:
@@ -123,8 +115,7 @@ class OllamaClient:
         answer = await self.forward(method, path.encode(), headers, data)
         if answer.status == 200:
             return answer
-        async with aclosing(answer):
-            text = b"".join([chunk async for chunk in answer])[:500].decode(errors="replace")
+        text = (await whole(answer))[:500].decode(errors="replace")
         raise UpstreamError(f"{path} answered {answer.status}: {text}")
 
     # Connections
@@ -142,54 +133,40 @@ class OllamaClient:
             return connection.transport.abort()
         connection.idle_since = time.monotonic()
         self._idle.append(connection)
-        if not self._sweeper:
-            self._sweeper = connection.loop.call_later(self._keep_seconds, self._sweep)
 
-    def _sweep(self) -> None:
-        """Close what has been idle for too long, and come again when the next one is due."""
-        now, self._sweeper = time.monotonic(), None
-        while self._idle and now - self._idle[0].idle_since >= self._keep_seconds:
-            self._idle.pop(0).transport.abort()
-        if self._idle:
-            seconds = self._idle[0].idle_since + self._keep_seconds - now
-            self._sweeper = asyncio.get_running_loop().call_later(seconds, self._sweep)
+    async def _sweep(self) -> None:
+        """Close what has been idle for too long."""
+        while True:
+            await asyncio.sleep(self._keep_seconds / 20)
+            old = time.monotonic() - self._keep_seconds
+            while self._idle and self._idle[0].idle_since < old:
+                self._idle.pop(0).transport.abort()
 
     async def _connect(self) -> Connection:
-        """Connect to the first address that answers. Raises UpstreamError with the cause."""
+        """Connect to the first address that answers. Raises UpstreamError with the cause.
+
+        An address is tried as soon as the one before failed, or after a moment (happy eyeballs).
+        """
+        loop, to = asyncio.get_running_loop(), self.upstream
+        made = partial(Connection, to.url, self._keep)
+        name = to.host if self._ssl else None
+        dial = partial(loop.create_connection, made, ssl=self._ssl, server_hostname=name)
         try:
             async with asyncio.timeout(self._connect_timeout):
-                return await self._race()
+                found = await loop.getaddrinfo(to.host, to.port, type=socket.SOCK_STREAM)
+                dials = [partial(dial, address[0], to.port) for *_, address in found]
+                winner, _, errors = await staggered_race(dials, NEXT_ADDRESS)
+                if winner is None:
+                    raise errors[-1] or OSError("no address")
         except (OSError, UnicodeError) as exc:
-            text = next(text for kind, text in FAILURES if isinstance(exc, kind))
-            text = text.format(url=self.upstream.url, exc=exc)
-            late = isinstance(exc, TimeoutError)
-            raise (UpstreamTimeout if late else UpstreamConnectionError)(text) from exc
-
-    async def _race(self) -> Connection:
-        """Try each address as soon as the one before failed, or after a moment (happy eyeballs)."""
-        loop, to = asyncio.get_running_loop(), self.upstream
-        dials: Dials = []
-        winner: Connection | None = None
-        try:
-            for info in await loop.getaddrinfo(to.host, to.port, type=socket.SOCK_STREAM):
-                dials.append(loop.create_task(self._dial(info[4][0], dials[-1:], len(dials))))
-            for dial in asyncio.as_completed(dials):
-                try:
-                    return (winner := await dial)
-                except OSError as exc:
-                    error = exc
-            raise error
-        finally:
-            for task in dials:
-                if not task.cancel() and not task.exception() and task.result() is not winner:
-                    task.result().transport.abort()
-
-    async def _dial(self, host: Any, before: Dials, nth: int) -> Connection:
-        if before:
-            await asyncio.wait(before, timeout=nth * NEXT_ADDRESS)
-        loop, made = asyncio.get_running_loop(), partial(Connection, self.upstream.url, self._keep)
-        name = self.upstream.host if self._ssl else None
-        _, connection = await loop.create_connection(
-            made, host, self.upstream.port, ssl=self._ssl, server_hostname=name
-        )
+            text = next(text for kinds, text in FAILURES if isinstance(exc, kinds))
+            error = UpstreamTimeout if isinstance(exc, TimeoutError) else UpstreamConnectionError
+            raise error(text.format(url=to.url, exc=exc)) from exc
+        connection: Connection = winner[1]
         return connection
+
+
+async def whole(answer: Answer) -> bytes:
+    """Return the body of an answer."""
+    async with aclosing(answer):
+        return b"".join([chunk async for chunk in answer])

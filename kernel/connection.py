@@ -30,17 +30,12 @@ HEAD_LIMIT = 2**20  # bytes of a head, or of what stands between two pieces of a
 CONTINUE = 1.0  # seconds to wait for "100 Continue", as curl and Go do
 PROBES = 15  # seconds between TCP keep-alive probes, as in Go: a NAT forgets silent connections
 LENGTH, CODING = FRAMING = (b"content-length", b"transfer-encoding")
-CHUNKED = CODING + b": chunked"
 HEAD_END = re.compile(rb"\n\r?\n")
-FOLD = re.compile(rb"\r?\n[ \t]+")
-
-
-def request_head(method: str, target: bytes, headers: Headers, body: Body) -> bytes:
-    """Return the head of a request; a body without a length is sent in chunks."""
-    lines = [name + b": " + value for name, value in headers]
-    if body is not None and LENGTH not in dict(headers):
-        lines.append(b"content-length: %d" % len(body) if isinstance(body, bytes) else CHUNKED)
-    return b"\r\n".join([b"%s %s HTTP/1.1" % (method.encode(), target), *lines, b"", b""])
+FOLD = re.compile(rb"\n[ \t]+")
+# A length that stands again further down
+TWICE = re.compile(
+    rb"(?ims)^content-length:[ \t]*(\d+)[ \t]*\n(?=.*^content-length:[ \t]*\1[ \t]*$)"
+)
 
 
 def probe(sock: Any) -> None:
@@ -57,7 +52,6 @@ class Connection(asyncio.Protocol):
     transport: asyncio.Transport  # uvloop's is not a subclass, but behaves like one
     loop: asyncio.AbstractEventLoop
     idle_since = 0.0  # time.monotonic()
-    _poll: Any = None
 
     def __init__(self, url: str, keep: Callable[[Connection], None]) -> None:
         self.url = url
@@ -69,18 +63,18 @@ class Connection(asyncio.Protocol):
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self.transport = cast(asyncio.Transport, transport)
         self.loop = asyncio.get_running_loop()
-        sock = transport.get_extra_info("socket")
-        probe(sock)
-        if hasattr(select, "poll"):
-            self._poll = select.poll()
-            self._poll.register(sock.fileno(), select.POLLIN)
+        probe(transport.get_extra_info("socket"))
 
     def is_quiet(self) -> bool:
         """Ask the system whether there is nothing to read: no answer, no end, no reset.
 
         The event loop may not have looked yet. Where there is no poll (Windows) return True.
         """
-        return self._poll is None or not self._poll.poll(0)
+        if not hasattr(select, "poll"):
+            return True
+        poll = select.poll()
+        poll.register(self.transport.get_extra_info("socket").fileno(), select.POLLIN)
+        return not poll.poll(0)
 
     def data_received(self, data: bytes) -> None:
         if self.answer:
@@ -88,14 +82,10 @@ class Connection(asyncio.Protocol):
         else:
             self.transport.abort()  # an answer without a request
 
-    def eof_received(self) -> None:
-        if self.answer:
-            self.answer.end(None)
-
     def connection_lost(self, exc: Exception | None) -> None:
         self.writable.set()
         if self.answer:
-            self.answer.end(exc or ConnectionResetError("connection lost"))
+            self.answer.end(exc)
 
     def pause_writing(self) -> None:
         self.writable.clear()
@@ -116,9 +106,9 @@ class Answer:
     _continued: asyncio.Future[None] | None = None  # "100 Continue" has come
     _waiter: asyncio.Future[None] | None = None
     _error: Exception | None = None
-    _head = b""  # as it came, until it is complete
-    _refused = False  # llhttp does not take the head
-    _size = _overhead = 0  # bytes in _pieces, and bytes since the last piece of the body
+    _head = b""  # as it came
+    _size = 0  # bytes in _pieces
+    _overhead = 0  # bytes since the last piece of the body
     _reusable = False
 
     def __init__(self, connection: Connection, method: str) -> None:
@@ -180,26 +170,25 @@ class Answer:
 
         A body that comes in pieces is sent by a task of its own.
         """
+        assert self._connection
         try:
-            self._send(head, body)
+            if self._connection.transport.is_closing():  # perhaps it has said so before
+                self.end(None)
+            else:
+                self._send(self._connection, head, body)
             while not self.status:
                 await self._progress()
         except BaseException:
             self.close()
             raise
 
-    def _send(self, head: bytes, body: Body) -> None:
-        assert self._connection
-        if self._connection.transport.is_closing():  # `end` was not called: there was no answer
-            self._fail("broke off: it closed the connection")
-        elif body is None or isinstance(body, bytes):
-            self._connection.transport.write(head + body if body else head)
-        else:
-            self._connection.transport.write(head)
-            if b"\r\nexpect: 100-continue\r\n" in head:
-                self._continued = self._loop.create_future()
-            pieces = in_chunks(body) if head.endswith(CHUNKED + b"\r\n\r\n") else body
-            self._upload = self._loop.create_task(self._send_body(self._connection, pieces))
+    def _send(self, connection: Connection, head: bytes, body: Body) -> None:
+        if body is None or isinstance(body, bytes):
+            return connection.transport.write(head + body if body else head)
+        connection.transport.write(head)
+        if b"\r\nexpect: 100-continue\r\n" in head:
+            self._continued = self._loop.create_future()
+        self._upload = self._loop.create_task(self._send_body(connection, body))
 
     async def _send_body(self, connection: Connection, pieces: AsyncIterable[bytes]) -> None:
         try:
@@ -239,19 +228,20 @@ class Answer:
         self._wake()
 
     def _parse(self, data: bytes) -> None:
-        """Feed llhttp. It refuses some heads that Go takes: those are fed again, rewritten."""
+        """Feed llhttp. A head that it refuses is fed again, when it is whole, in canonical form."""
         if not self.status:
             self._head += data
-        if not self._refused:
+        if self._parser:
             try:
                 self._parser.feed_data(data)
+                return
             except httptools.HttpParserError:
-                self._refused = not self.status and self._head.startswith(b"HTTP/")
-                if not self._refused or self._error:
+                if self.status or self._error or not self._head.startswith(b"HTTP/"):
                     raise
-        if self._refused and (rewritten := canonical(self._head)):
-            self._refused, self._parser = False, httptools.HttpResponseParser(self)
-            self._parser.feed_data(rewritten)
+                self._parser = None
+        if end := HEAD_END.search(self._head):
+            self._parser = httptools.HttpResponseParser(self)
+            self._parser.feed_data(canonical(self._head[: end.end()]) + self._head[end.end() :])
 
     def on_message_begin(self) -> None:
         self._reusable = False  # surplus, if the answer is complete
@@ -265,17 +255,16 @@ class Answer:
     def on_headers_complete(self) -> None:
         status = self._parser.get_status_code()
         codings = [value.lower() for name, value in self.headers if name == CODING]
-        if self.status or 100 <= status < 200 and status != 101:
-            if self._continued and not self._continued.done():
-                self._continued.set_result(None)
-        elif status == 101 or not 100 <= status <= 599:
-            self._fail(f"answered with the status {status}")
-        elif codings and (codings != [b"chunked"] or self._parser.get_http_version() != "1.1"):
-            self._fail(f"answered in the coding {b', '.join(codings).decode('latin-1')!r}")
-        else:
-            self.status = status
-            if self._method == "HEAD":
-                self.on_message_complete()
+        if self._continued and not self._continued.done():
+            self._continued.set_result(None)
+        if self.status or 101 != status < 200:  # surplus, or "100 Continue" and the like
+            return
+        chunked = codings == [b"chunked"] and self._parser.get_http_version() == "1.1"
+        if status == 101 or status > 599 or (codings and not chunked):
+            return self._fail(f"answered with the status {status} in the codings {codings}")
+        self.status = status
+        if self._method == "HEAD":
+            self.on_message_complete()
 
     def on_body(self, data: bytes) -> None:
         self._overhead = 0
@@ -317,6 +306,19 @@ class Answer:
         self._wake()
 
 
+def request_head(method: str, target: bytes, headers: Headers, body: Body) -> tuple[bytes, Body]:
+    """Return a request's head, and its body as it is sent: without a length, in chunks."""
+    lines = [b"%s %s HTTP/1.1" % (method.encode(), target)]
+    lines += [name + b": " + value for name, value in headers]
+    if body is not None and LENGTH not in dict(headers):
+        if isinstance(body, bytes):
+            lines.append(b"content-length: %d" % len(body))
+        else:
+            lines.append(CODING + b": chunked")
+            body = in_chunks(body)
+    return b"\r\n".join([*lines, b"", b""]), body
+
+
 async def in_chunks(body: AsyncIterable[bytes]) -> AsyncIterator[bytes]:
     async for data in body:
         if data:  # an empty chunk would be the last one
@@ -324,22 +326,12 @@ async def in_chunks(body: AsyncIterable[bytes]) -> AsyncIterator[bytes]:
     yield b"0\r\n\r\n"
 
 
-def canonical(data: bytes) -> bytes:
-    """Return an answer with its head as llhttp takes it, b"" as long as the head is not complete.
+def canonical(head: bytes) -> bytes:
+    """Return a head as llhttp takes it.
 
     Go's net/http also takes lines that end in a bare LF, lines folded into several and a
     Content-Length that is repeated with the same value.
     """
-    end = HEAD_END.search(data)
-    if not end:
-        return b""
-    status, _, fields = data[: end.start() + 1].partition(b"\n")
-    lines = [status.rstrip(b"\r")]
-    for line in FOLD.sub(b" ", fields).split(b"\n")[:-1]:
-        name, colon, value = line.rstrip(b"\r").partition(b":")
-        if name.lower() == LENGTH:
-            name, value = LENGTH, value.strip(b" \t")
-        field = name + colon + value
-        if name != LENGTH or field not in lines:
-            lines.append(field)
-    return b"\r\n".join([*lines, b"", data[end.end() :]])
+    status, _, fields = head.replace(b"\r\n", b"\n").partition(b"\n")
+    fields = TWICE.sub(b"", FOLD.sub(b" ", fields))
+    return b"\n".join([status, fields]).replace(b"\n", b"\r\n")

@@ -25,10 +25,9 @@ logger = logging.getLogger(__name__)
 
 IDLE = 120  # seconds that a connection without a request lives
 GRACE = 0.25  # seconds that an answer has when the client has closed its sending half
-HIGH = 2**18  # bytes that wait for the app before the client has to
-READ_AHEAD = 2**22  # bytes, where the app has not read for STALLED seconds: the connection's end
-STALLED = 0.25  # may stand behind them
-UNREAD = 2**26  # bytes of a body that may be dropped so that the next request can be read
+# Bytes that wait for the app before the client has to. The connection's end may stand behind them:
+# where reading pauses, a client that leaves is not noticed.
+AHEAD = 2**22
 
 
 class Protocol(asyncio.Protocol):
@@ -38,35 +37,30 @@ class Protocol(asyncio.Protocol):
 
     def __init__(self, config: Any, server_state: Any, app_state: Any, _loop: Any = None) -> None:
         self.app = config.loaded_app
-        self.loop = _loop or asyncio.get_running_loop()
+        self.loop = asyncio.get_running_loop()
         self.cycle: Cycle | None = None  # whose answer is not complete
-        self.body: http1.Body | None = None  # which is not complete
         self.keep_alive = True
         self.writable = asyncio.Event()  # else the client has to read first
         self.writable.set()
+        self.heard = asyncio.Event()  # something has come, or will not come
         self._connections = server_state.connections
         self._pending = bytearray()
         self._scanned = 0  # bytes of an unfinished head that were searched for its end
-        self._limit = HIGH
-        self._paused: asyncio.TimerHandle | None = None  # reading, until the app has read
-        # The client has closed its sending half; what still comes is dropped.
-        self._ended = self._closing = False
+        self._ended = False  # the client has said all, or what it says is dropped
 
     # What the loop calls
 
     def connection_made(self, transport: Any) -> None:
         self.transport = transport
-        ends = {"client": "peername", "server": "sockname"}
-        self.ends = {end: transport.get_extra_info(name) for end, name in ends.items()}
+        self.client = transport.get_extra_info("peername")
         self._connections.add(self)
-        self._active = self.loop.time()
-        self._idle_check = self.loop.call_later(IDLE, self._check_idle)
+        self._idle_since = self.loop.time()
+        self._check_idle()
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._connections.discard(self)
-        self.resume_writing()
-        for waiting in filter(None, (self._idle_check, self._paused)):
-            waiting.cancel()
+        self._idle_check.cancel()
+        self.writable.set()
         if self.cycle:
             self.cycle.leave()
 
@@ -77,7 +71,7 @@ class Protocol(asyncio.Protocol):
         """
         self._ended = True
         self.loop.call_later(GRACE, lambda: self.cycle and self.transport.abort())
-        return self.cycle is not None and self.body is None
+        return self.cycle is not None and self.cycle.body.done
 
     def pause_writing(self) -> None:
         self.writable.clear()
@@ -86,100 +80,77 @@ class Protocol(asyncio.Protocol):
         self.writable.set()
 
     def data_received(self, data: bytes) -> None:
-        self._active = self.loop.time()
-        if not self._closing:
+        if not self._ended:
             self._pending += data
             self._advance()
 
     # Reading
 
     def _advance(self) -> None:
-        """Take the rest of a body and the next head out of what has come."""
+        """Take the next head and what has come of its body."""
         try:
-            while self._pending and (self.body or not self.cycle):
-                if not (self._take_body() if self.body else self._take_head()):
-                    break
+            if self._pending and not self.cycle:
+                self._take_head()
+            if self.cycle:
+                self.cycle.body.feed(self._pending)
         except http1.Refused as refused:
-            return self.refuse(refused)
-        if self._pending or self.body or self._paused:
-            self.check_reading()
+            return self.fail(refused)
+        self.heard.set()
+        self.check_reading()
 
-    def _take_head(self) -> bool:
-        end = http1.head_end(self._pending, max(self._scanned - 2, 0))
-        if end < 0:
+    def _take_head(self) -> None:
+        while self._pending.startswith((b"\r", b"\n")):  # old clients send them behind a body
+            del self._pending[0]
+        end = http1.END.search(self._pending, max(self._scanned - 2, 0))
+        if not end:
             self._scanned = len(self._pending)
             if self._scanned > http1.HEAD_LIMIT:
                 raise http1.Refused(431)
-            return False
-        text = bytes(self._pending[:end]).lstrip(b"\r\n")
-        del self._pending[:end]
+            return
+        head = bytes(self._pending[: end.end()])
+        del self._pending[: end.end()]
         self._scanned = 0
-        if text:
-            head = http1.read_head(text)
-            self.body = http1.Body(head.length) if head.length != 0 else None
-            self.cycle = Cycle(self, head)
-        return True
-
-    def _take_body(self) -> bool:
-        """Hand a piece to the app, or drop it after the answer, unless that takes too long."""
-        assert self.body
-        body, piece = self.body, self.body.feed(self._pending)
-        if body.done:
-            self.body = None
-        if self.cycle:
-            self.cycle.take(piece, more=not body.done)
-        elif body.size + body.left > UNREAD:
-            self._close_slowly()
-        return body.done
+        self.cycle = Cycle(self, http1.read_head(head, self.client))
 
     def check_reading(self) -> None:
         """Pause reading while too much waits for the app."""
-        waits = len(self._pending) + (self.cycle.size if self.cycle else 0)
-        if waits > self._limit and not self._paused:
-            self._paused = self.loop.call_later(STALLED, self._read_ahead)
+        waits = len(self._pending) + (len(self.cycle.body.data) if self.cycle else 0)
+        if waits > AHEAD:
             self.transport.pause_reading()
-        elif waits <= self._limit and self._paused:
-            self._paused.cancel()
-            self._paused = None
+        elif not self._ended:
             self.transport.resume_reading()
-
-    def _read_ahead(self) -> None:
-        self._limit = READ_AHEAD
-        self.check_reading()
 
     # The end of an answer, and of the connection
 
     def finished(self, keep_alive: bool) -> None:
         """Go on with the next request, or close."""
-        self.cycle, self._active = None, self.loop.time()
-        if self.transport.is_closing():
-            return
-        if not (keep_alive and self.keep_alive):
-            return self._close_slowly() if self.body else self.shutdown()
-        self._advance()
-        if self._ended and not self.cycle:
-            self.transport.close()
+        self.cycle, self._idle_since = None, self.loop.time()
+        if keep_alive and self.keep_alive and (self._pending or not self._ended):
+            self._advance()
+        else:
+            self._close()
 
-    def _close_slowly(self) -> None:
-        """Let the client read the answer first: to close while it sends is a reset to it."""
-        self._closing, self.body = True, None
-        self._pending.clear()
-        self.check_reading()
-        self.transport.write_eof()
-        self.loop.call_later(2 * GRACE, self.transport.close)
-
-    def refuse(self, refused: http1.Refused) -> None:
-        """Answer a request that cannot be served, where no answer has begun, and close."""
+    def fail(self, refused: http1.Refused) -> None:
+        """Answer with an error; an answer that has begun is broken off so that it looks broken."""
         cycle, self.cycle = self.cycle, None
-        if not (cycle and cycle.started):
-            self.transport.write(refused.answer())
         if cycle:
             cycle.leave()
-        self._close_slowly()
+        if not (cycle and cycle.started):
+            self.transport.write(refused.answer())
+        elif not cycle.has_end:  # a FIN would end it, but not a reset
+            sock = self.transport.get_extra_info("socket")
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+            self.transport.abort()
+            return
+        self._close()
 
-    def reusable(self) -> bool:
-        """Tell whether another request may follow, behind what is left of this one's body."""
-        return self.keep_alive and not (self.body and self.body.left > UNREAD)
+    def _close(self) -> None:
+        """Let the client read the answer first: to close while it sends is a reset to it."""
+        self._pending.clear()
+        self.check_reading()
+        self._ended = True
+        self.transport.write_eof()
+        self.loop.call_later(2 * GRACE, self.transport.close)
 
     def shutdown(self) -> None:
         """Take no other request. uvicorn calls this when it stops."""
@@ -188,142 +159,98 @@ class Protocol(asyncio.Protocol):
             self.transport.close()
 
     def _check_idle(self) -> None:
-        left = self._active + IDLE - self.loop.time()
-        if left > 0 or self.cycle:
-            self._idle_check = self.loop.call_later(max(left, 1), self._check_idle)
-        else:
+        left = self._idle_since + IDLE - self.loop.time()
+        if left <= 0 and not self.cycle:
             self.transport.close()
+        self._idle_check = self.loop.call_later(max(left, 1), self._check_idle)
 
 
 class Cycle:
     """One request and its answer."""
 
-    def __init__(self, protocol: Protocol, head: http1.Head) -> None:
+    def __init__(self, protocol: Protocol, request: http1.Request) -> None:
         self.protocol = protocol
-        self.head = head
-        self.size = 0  # bytes of the body that wait for the app
-        self.started = False  # the answer
-        self._keep_alive = head.keep_alive
-        self._pieces: list[bytes] = []
-        self._more = head.length != 0  # bytes of the body are to come
+        self.request = request
+        self.body = request.body
+        self.started = False  # bytes of the answer have left
+        self.has_end = True  # else the end of the connection is the answer's end
         self._read = False  # the app knows the body's end
         self._over = False  # the answer is complete, or the client has left
-        self._awaits_continue = head.expects_continue
-        self._waiter: asyncio.Future[None] | None = None
         self._corked = b""  # the answer's head, which leaves with the first bytes of its body
-        self._chunked = False
-        self._left: int | None = None  # bytes to come of an answer that has a length
         self.task = protocol.loop.create_task(self._run(protocol.app))
 
     async def _run(self, app: Any) -> None:
+        status = 503
         try:
-            await app(self.head.scope | self.protocol.ends, self.receive, self.send)
+            await app(self.request.scope, self.receive, self.send)
             if not self._over:
                 raise RuntimeError("the app left its answer unfinished")
         except (BrokenAnswer, asyncio.CancelledError):
-            self._break()
+            pass
         except Exception as exc:
             # Without the exception's text, which may hold a prompt.
             fields = {"error": type(exc).__name__, "stack": traceback.format_tb(exc.__traceback__)}
             logger.error("request failed", extra={"fields": fields})
-            if self.started or self._over:
-                self._break()
-            else:
-                self.protocol.refuse(http1.Refused(500))
-
-    # The request
-
-    def take(self, piece: bytes, *, more: bool) -> None:
-        """Keep a piece of the body for the app."""
-        if piece:
-            self._pieces.append(piece)
-            self.size += len(piece)
-        self._more = more
-        self._wake()
-
-    async def receive(self) -> Message:
-        if self._awaits_continue and not self.started:
-            self.protocol.transport.write(b"HTTP/1.1 100 Continue\r\n\r\n")
-        self._awaits_continue = False
-        while not (self._over or self._pieces) and (self._more or self._read):
-            self._waiter = self.protocol.loop.create_future()
-            await self._waiter
-        if self._over:
-            return {"type": "http.disconnect"}
-        body = b"".join(self._pieces)
-        self._pieces.clear()
-        self.size = 0
-        self._read = not self._more
-        self.protocol.check_reading()
-        return {"type": "http.request", "body": body, "more_body": self._more}
+            status = 500
+        if not self._over:
+            self.protocol.fail(http1.Refused(status))
 
     def leave(self) -> None:
         """Cancel the app's task, because the client has left."""
         self._over = True
-        self._wake()
+        self.protocol.heard.set()
         self.task.cancel()
 
-    def _wake(self) -> None:
-        if self._waiter and not self._waiter.done():
-            self._waiter.set_result(None)
-
-    # The answer
+    async def receive(self) -> Message:
+        if self.request.awaits_continue and not self.started:
+            self.protocol.transport.write(b"HTTP/1.1 100 Continue\r\n\r\n")
+        self.request.awaits_continue = False
+        while not (self._over or self.body.data or self.body.done and not self._read):
+            self.protocol.heard.clear()
+            await self.protocol.heard.wait()
+        if self._over:
+            return {"type": "http.disconnect"}
+        data = bytes(self.body.data)
+        self.body.data.clear()
+        self._read = self.body.done
+        self.protocol.check_reading()
+        return {"type": "http.request", "body": data, "more_body": not self._read}
 
     async def send(self, message: Message) -> None:
         if self._over:
             return  # the client has left
         if message["type"] == "http.response.start":
             return self._start(message["status"], message["headers"])
-        if not self.started:
-            raise RuntimeError("the app sent a body without a head")
-        self._write(message.get("body", b""), more=message.get("more_body", False))
+        self._send_body(message.get("body", b""), more=message.get("more_body", False))
         if not self.protocol.writable.is_set():
             await self.protocol.writable.wait()
 
     def _start(self, status: int, headers: http1.Headers) -> None:
         """Build the answer's head; it leaves with what comes of the body in the same moment."""
-        for name, value in headers:
-            if name == b"content-length":
-                self._left = int(value)
-        if self.head.scope["method"] == "HEAD" or status in (204, 304):
-            self._left = 0
-        self._chunked = self._left is None and self.head.scope["http_version"] == "1.1"
-        has_end = self._chunked or self._left is not None  # else the connection's end is its end
-        # A client that was not told to continue may send its body or not.
-        self._keep_alive &= has_end and self.protocol.reusable() and not self._awaits_continue
+        request, version = self.request, self.request.scope["http_version"]
+        self._bodiless = request.scope["method"] == "HEAD" or status in (204, 304)
+        sized = self._bodiless or any(name == b"content-length" for name, _ in headers)
+        self._chunked = not sized and version == "1.1"
+        self.has_end = sized or self._chunked
+        request.keep_alive &= self.has_end and self.protocol.keep_alive and self.body.done
         own = [(b"transfer-encoding", b"chunked")] if self._chunked else []
-        if not self._keep_alive or self.head.scope["http_version"] == "1.0":
-            own.append((b"connection", b"keep-alive" if self._keep_alive else b"close"))
-        self._corked, self.started = http1.answer_head(status, [*headers, *own]), True
-        self.protocol.loop.call_soon(self._uncork)
+        if not request.keep_alive or version == "1.0":
+            own.append((b"connection", b"keep-alive" if request.keep_alive else b"close"))
+        self._corked = http1.answer_head(status, [*headers, *own])
+        self.protocol.loop.call_soon(self._write)
 
-    def _uncork(self, data: bytes = b"") -> None:
-        if (data or self._corked) and not self._over:
-            head, self._corked = self._corked, b""
-            self.protocol.transport.write(head + data)
-
-    def _write(self, body: bytes, *, more: bool) -> None:
+    def _send_body(self, data: bytes, *, more: bool) -> None:
         if self._chunked:
-            body = b"%x\r\n%b\r\n" % (len(body), body) if body else b""
-            body += b"" if more else b"0\r\n\r\n"
-        elif self._left is not None:
-            body = body if self.head.scope["method"] != "HEAD" else b""
-            self._left -= len(body)
-            if self._left < 0 or (self._left and not more):
-                raise RuntimeError("the answer has not the length that its head says")
-        self._uncork(body)
+            data = b"%x\r\n%b\r\n" % (len(data), data) if data else b""
+            data += b"" if more else b"0\r\n\r\n"
+        self._write(b"" if self._bodiless else data)
         if not more:
             self._over = True
-            self._wake()
-            self.protocol.finished(self._keep_alive)
+            self.protocol.heard.set()
+            self.protocol.finished(self.request.keep_alive)
 
-    def _break(self) -> None:
-        """Close the connection so that the client cannot take the answer for a complete one."""
-        if self._over:
-            return
-        self._uncork()
-        if self.started and not self._chunked and self._left is None:  # it ends with a FIN
-            sock = self.protocol.transport.get_extra_info("socket")
-            sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-        self._over = True
-        self.protocol.transport.close()
+    def _write(self, data: bytes = b"") -> None:
+        """Write the data, behind the head if that has not left yet."""
+        if (data or self._corked) and not self._over:
+            head, self._corked, self.started = self._corked, b"", True
+            self.protocol.transport.write(head + data)

@@ -27,9 +27,10 @@ from kernel.registry import PluginRegistry, refusal
 NO_TEXT = ("GET", "HEAD", "DELETE", "OPTIONS")
 OPEN = ("/api/show", "/api/pull", "/api/push", "/api/me", "/api/signout")
 # Where `model` names the model that is asked. Elsewhere it may name another: /api/create makes it.
-ASKS: tuple[str, ...]
-ASKS = ("/api/generate", "/api/embed", "/api/embeddings", "/v1/embeddings", "/v1/completions")
-ASKS = (*ASKS, "/v1/messages", "/v1/responses", "/v1/images/generations", "/v1/images/edits")
+ASKS = frozenset(
+    "/api/generate /api/embed /api/embeddings /v1/embeddings /v1/completions"
+    " /v1/images/generations".split()
+)
 LOADING = ("model", "keep_alive", "options", "stream")
 
 
@@ -56,8 +57,8 @@ class Guards:
             return dumps(payload)
         if path in ASKS and isinstance(model := payload.get("model"), str):
             guards = self.concerned(path, self.presets.names(model))
-        for guard in guards:
-            raise refusal(guard, path)
+        if guards:
+            raise refusal(guards[0], path)
         return dumps(payload)
 
     def concerned(self, path: str, models: list[str] | None) -> list[Plugin]:
@@ -82,20 +83,18 @@ class Forward:
 
 def is_exempt(guard: Plugin, path: str) -> bool:
     """Tell whether a guard exempts a path or one above it; Ollama redirects from unclean paths."""
-    if posixpath.normpath(path) != path:
-        return False
-    exempt = [open_.rstrip("/") for open_ in guard.config.exempt]
-    return any(path == each or path.startswith(f"{each}/") for each in exempt)
+    exempt = tuple(f"{each.rstrip('/')}/" for each in guard.config.exempt)
+    return posixpath.normpath(path) == path and f"{path}/".startswith(exempt)
 
 
 def read(body: bytes) -> dict[str, Any]:
     """Return the object in a body, {} where Ollama could interpret it differently than we do."""
     try:
-        value = loads_once(body)
-    except (ValueError, RecursionError):
+        value: dict[str, Any] = loads_once(body)
+        misspelt = [key for key in value.keys() if key != "model" == key.casefold()]
+    except (ValueError, RecursionError, AttributeError):  # not JSON, too deep, not an object
         return {}
-    misspelt = isinstance(value, dict) and any(k != "model" == k.casefold() for k in value)
-    return {} if misspelt or not isinstance(value, dict) else value
+    return {} if misspelt else value
 
 
 def is_loading(payload: Mapping[str, Any]) -> bool:

@@ -20,35 +20,36 @@ Headers = list[tuple[bytes, bytes]]
 
 HEAD_LIMIT = 2**20  # bytes, as in Go
 LINES_LIMIT = 10_000  # of a head: a header costs some 200 bytes of memory, however short it is
-NAME_LIMIT = 256  # bytes of a header's name: they are remembered
-CHUNK_LINE_LIMIT = 4096  # bytes, as in Go
-TRAILERS_LIMIT = 2**16  # bytes
+CHUNK_LINE_LIMIT = 4096  # bytes, also of all trailers together, as in Go
 
 STATUS = {code.value: b"%d %b" % (code, code.phrase.encode()) for code in HTTPStatus}
-PLAIN = (b"content-type", b"text/plain; charset=utf-8")
-VERSIONS = {b"HTTP/1.1": "1.1", b"HTTP/1.0": "1.0"}
 TEXT = bytes({*range(0x20, 0x100), 0x09, 0x0A} - {0x7F})  # the bytes that a head may have
-TOKEN = re.compile(rb"[!#$%&'*+.^_`|~0-9A-Za-z-]+")
+TOKEN = re.compile(rb"[!#$%&'*+.^_`|~0-9A-Za-z-]{1,256}")
+LINE = re.compile(rb"(" + TOKEN.pattern + rb") (\S+) HTTP/(1\.[01])")
 HOST = re.compile(rb"[A-Za-z0-9!$%&'()*+,\-.:;=\[\]_~]*")  # httpguts.ValidHostHeader
-ABSOLUTE = re.compile(rb"(?i)https?://([^/?#@\\]+)(/[^?]*)(\?.*)?")
+ABSOLUTE = re.compile(rb"(?i:https?)://(" + HOST.pattern[:-1] + rb"+)(/.*)")
 END = re.compile(rb"\n\r?\n")  # of a head
-CHUNK = re.compile(rb"([0-9A-Fa-f]{1,16})[ \t]*(?:;.*)?\r\n")
-TRAILER = re.compile(rb"[ \t]|" + TOKEN.pattern + rb":")
+FOLD = re.compile(rb"\n[ \t]+")
+# The lines between the pieces of a chunked body: before a chunk, behind one, behind the last one
+SIZE = re.compile(rb"([0-9A-Fa-f]{1,16})[ \t]*(?:;.*)?\r\n")
+BREAK = re.compile(rb"\r\n")
+TRAILER = re.compile(rb"(?:(?:[ \t]|" + TOKEN.pattern + rb":).*)?\r?\n")
 DECISIVE = frozenset((b"host", b"connection", b"content-length", b"transfer-encoding", b"expect"))
 SCOPE = {"type": "http", "asgi": {"version": "3.0"}, "scheme": "http", "root_path": ""}
 
 
+@dataclass
 class Refused(Exception):
-    """A request that cannot be served; the text is the answer's body, in net/http's words."""
+    """A request that cannot be served."""
 
-    def __init__(self, status: int, why: str = "") -> None:
-        super().__init__(f"{STATUS[status].decode()}{why}")
-        self.status = status
+    status: int
+    why: bytes = b""  # in net/http's words
 
     def answer(self) -> bytes:
-        text = str(self).encode()
+        text = STATUS[self.status] + self.why
+        kind = (b"content-type", b"text/plain; charset=utf-8")
         length = (b"content-length", b"%d" % len(text))
-        return answer_head(self.status, [PLAIN, length, (b"connection", b"close")]) + text
+        return answer_head(self.status, [kind, length, (b"connection", b"close")]) + text
 
 
 def answer_head(status: int, headers: Headers) -> bytes:
@@ -62,65 +63,61 @@ def answer_head(status: int, headers: Headers) -> bytes:
 
 
 @dataclass(slots=True)
-class Head:
-    """The head of a request."""
+class Request:
+    """A request whose head has come."""
 
-    scope: dict[str, Any]  # as ASGI has it, but for the two addresses
-    length: int | None  # of the body, in bytes; None: it comes in chunks
+    scope: dict[str, Any]  # as ASGI has it
+    body: Body
     keep_alive: bool
-    expects_continue: bool
+    awaits_continue: bool
 
 
-def head_end(data: bytearray, start: int) -> int:
-    """Return where the head ends with which `data` begins, or -1; look for it from `start` on."""
-    end = END.search(data, start)
-    return end.end() if end else -1
-
-
-def read_head(data: bytes) -> Head:
-    """Return the head that `data` is. Raises Refused."""
+def read_head(data: bytes, client: object) -> Request:
+    """Return the request that begins with the head `data`. Raises Refused."""
     text = data.replace(b"\r\n", b"\n")
     if len(data) > HEAD_LIMIT or text.count(b"\n") > LINES_LIMIT:
         raise Refused(431)
-    line, _, fields_text = text.partition(b"\n")
-    if text.translate(None, TEXT):
+    first, _, rest = text.partition(b"\n")
+    line = LINE.fullmatch(first)
+    if not line or text.translate(None, TEXT):
         raise Refused(400)
+    method, target, version = line[1].decode(), line[2], line[3].decode()
     try:
-        headers, fields = read_fields(fields_text)
+        headers, fields = read_fields(rest)
     except Refused:  # perhaps there is a folded line
-        headers, fields = read_fields(re.sub(rb"\n[ \t]+", b" ", fields_text))
-    method, target, version = read_line(line)
+        headers, fields = read_fields(FOLD.sub(b" ", rest))
     host = fields.get(b"host")
-    if not target.startswith(b"/"):
-        target, authority = read_absolute(target)
-        if authority and host is not None:
-            host = authority
-            headers = [(b"host", host), *(pair for pair in headers if pair[0] != b"host")]
     if host is None and version == "1.1":
-        raise Refused(400, ": missing required Host header")
+        raise Refused(400, b": missing required Host header")
     if host and not HOST.fullmatch(host):
-        raise Refused(400, ": malformed Host header")
-    length = read_length(fields, version)
-    connection = fields.get(b"connection")
-    options = connection.lower().replace(b" ", b"").split(b",") if connection else ()
-    keep_alive = b"close" not in options and (version == "1.1" or b"keep-alive" in options)
-    waits = fields.get(b"expect", b"").lower() == b"100-continue"
+        raise Refused(400, b"" if b"\n" in host else b": malformed Host header")
+    if not target.startswith(b"/") and target != b"*":
+        # Go takes any scheme, and for `x:/api/chat` serves that path; no client needs it.
+        url = ABSOLUTE.fullmatch(target)
+        if not url:
+            raise Refused(400)
+        host, target = url.groups()  # it overrides Host (RFC 9112, section 3.2.2)
+        headers = [(b"host", host), *(pair for pair in headers if pair[0] != b"host")]
+    connection = fields.get(b"connection", b"").lower()
+    keep_alive = b"close" not in connection and (version == "1.1" or b"keep-alive" in connection)
+    waits = version == "1.1" and fields.get(b"expect", b"").lower() == b"100-continue"
+    body = Body(read_length(fields, version))
     raw_path, _, query = target.partition(b"?")
-    path = unquote_to_bytes(raw_path) if b"%" in raw_path else raw_path
     scope = {
         **SCOPE,
         "http_version": version,
         "method": method,
-        "path": path.decode(errors="replace"),
+        "path": unquote_to_bytes(raw_path).decode(errors="replace"),
         "raw_path": raw_path,
         "query_string": query,
         "headers": headers,
+        "client": client,
     }
-    return Head(scope, length, keep_alive, waits and version == "1.1" and length != 0)
+    return Request(scope, body, keep_alive, waits and not body.done)
 
 
 def read_fields(text: bytes) -> tuple[Headers, dict[bytes, bytes]]:
-    """Return all headers, with their names in lower case, and those that are DECISIVE."""
+    """Return all headers, with their names in lower case, and those that are DECISIVE, one a line."""
     headers: Headers = []
     fields: dict[bytes, bytes] = {}
     for line in text.split(b"\n")[:-2]:
@@ -128,34 +125,10 @@ def read_fields(text: bytes) -> tuple[Headers, dict[bytes, bytes]]:
         pair = name, value = lower(name if colon else b""), value.strip(b" \t")
         headers.append(pair)
         if name in DECISIVE:
-            if name == b"connection" and name in fields:
-                value = fields[name] + b"," + value
-            elif name in fields and (name != b"content-length" or fields[name] != value):
-                raise Refused(501 if name == b"transfer-encoding" else 400)
+            if name in fields and (name != b"content-length" or fields[name] != value):
+                value = fields[name] + b"\n" + value
             fields[name] = value
     return headers, fields
-
-
-def read_line(line: bytes) -> tuple[str, bytes, str]:
-    """Return method, target and version."""
-    parts = line.split(b" ")
-    if len(parts) != 3 or not parts[1] or b"\t" in line or parts[2] not in VERSIONS:
-        raise Refused(400)
-    lower(parts[0])  # a token, too
-    return parts[0].decode(), parts[1], VERSIONS[parts[2]]
-
-
-def read_absolute(target: bytes) -> tuple[bytes, bytes]:
-    """Return path with query, and authority, which overrides Host (RFC 9112, section 3.2.2).
-
-    Go takes any scheme, and for `x:/api/chat` serves that path; no client needs it.
-    """
-    if target == b"*":
-        return target, b""
-    url = ABSOLUTE.fullmatch(target)
-    if not url:
-        raise Refused(400)
-    return url[2] + (url[3] or b""), url[1]
 
 
 @lru_cache(1000)
@@ -163,8 +136,6 @@ def lower(token: bytes) -> bytes:
     """Return the name of a header in lower case. Raises Refused where it is no name."""
     if not TOKEN.fullmatch(token):
         raise Refused(400)
-    if len(token) > NAME_LIMIT:
-        raise Refused(431)
     return token.lower()
 
 
@@ -174,18 +145,16 @@ def read_length(fields: dict[bytes, bytes], version: str) -> int | None:
     Go lets chunks win over a length, and ignores them in HTTP/1.0. Others read both otherwise, so
     here they are refused (RFC 9112, section 6.1).
     """
-    coding, length = fields.get(b"transfer-encoding"), fields.get(b"content-length")
-    if coding is not None:
-        if length is not None or version == "1.0":
+    coding, length = fields.get(b"transfer-encoding"), fields.get(b"content-length", b"0")
+    if coding is None:
+        if not length.isdigit() or len(length) > 18:
             raise Refused(400)
-        if coding.lower() != b"chunked":
-            raise Refused(501)
-        return None
-    if length is None:
-        return 0
-    if not length.isdigit() or len(length.lstrip(b"0")) > 18:
+        return int(length)
+    if b"content-length" in fields or version == "1.0":
         raise Refused(400)
-    return int(length.lstrip(b"0") or b"0")
+    if coding.lower() != b"chunked":
+        raise Refused(501)
+    return None
 
 
 class Body:
@@ -193,49 +162,38 @@ class Body:
 
     def __init__(self, length: int | None) -> None:
         self.done = length == 0
-        self.size = 0  # bytes that have come
-        self.left = length or 0  # bytes to come of the body, or of this chunk
+        self.data = bytearray()  # what has come and was not taken yet
+        self._left = length or 0  # bytes to come of the body, or of this chunk
         self._chunked = length is None
-        self._chunk_ends = False  # the line break behind a chunk is to come
-        self._trailers = 0  # bytes of trailers so far, once the last chunk has come
+        self._next = SIZE  # the line that comes next, where it is chunked
+        self._trailers = 0  # bytes
 
-    def feed(self, data: bytearray) -> bytes:
-        """Return what `data` holds of the body, and cut it off there. Raises Refused.
-
-        An unfinished line stays in `data`, and what follows the body once that is `done`.
-        """
-        parts = []
-        while data and not self.done:
-            if self.left:
-                parts.append(bytes(data[: self.left]))
-                del data[: self.left]
-                self.left -= len(parts[-1])
-                self.size += len(parts[-1])
-                self._chunk_ends = self._chunked
-                self.done = not (self.left or self._chunked)
-                continue
-            end = data.find(b"\n", 0, CHUNK_LINE_LIMIT) + 1
-            if not end:
-                if len(data) >= CHUNK_LINE_LIMIT:
-                    raise Refused(400)
+    def feed(self, source: bytearray) -> None:
+        """Cut off what `source` holds of the body, but for an unfinished line. Raises Refused."""
+        while source and not self.done:
+            if self._left:
+                piece = source[: self._left]
+                del source[: self._left]
+                self.data += piece
+                self._left -= len(piece)
+                self.done = not (self._left or self._chunked)
+            elif end := source.find(b"\n", 0, CHUNK_LINE_LIMIT) + 1:
+                self._take_line(bytes(source[:end]))
+                del source[:end]
+            elif len(source) < CHUNK_LINE_LIMIT:
                 break
-            self._take_line(bytes(data[:end]))
-            del data[:end]
-        return b"".join(parts)
+            else:
+                raise Refused(400)
 
     def _take_line(self, line: bytes) -> None:
-        """Take the line break behind a chunk, the line before one, or a trailer (and drop it)."""
-        if self._chunk_ends:
-            self._chunk_ends = False
-            right = line == b"\r\n"
-        elif self._trailers:
+        match = self._next.fullmatch(line)
+        if not match or self._trailers > CHUNK_LINE_LIMIT:
+            raise Refused(400)
+        if self._next is SIZE:
+            self._left = int(match[1], 16)
+            self._next = BREAK if self._left else TRAILER
+        elif self._next is BREAK:
+            self._next = SIZE
+        else:
             self._trailers += len(line)
             self.done = line in (b"\r\n", b"\n")
-            right = self._trailers < TRAILERS_LIMIT and bool(self.done or TRAILER.match(line))
-        else:
-            size = CHUNK.fullmatch(line)
-            right = size is not None
-            self.left = int(size[1], 16) if size else 0
-            self._trailers = 0 if self.left else 1
-        if not right:
-            raise Refused(400)

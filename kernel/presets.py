@@ -24,15 +24,6 @@ from kernel.models import canonical
 logger = logging.getLogger(__name__)
 
 LONGEST_PAUSE = 60.0  # seconds between two attempts
-# Types of Ollama's options (Options in its api/types.go). /api/create takes anything, but each
-# request to a model with a wrong option is a 500.
-NUMBERS = (
-    "num_ctx num_batch num_gpu main_gpu num_thread draft_num_predict num_keep num_predict seed"
-    " top_k top_p min_p typical_p temperature repeat_last_n repeat_penalty presence_penalty"
-    " frequency_penalty"
-)
-KINDS: dict[str, tuple[type, ...]] = dict.fromkeys(NUMBERS.split(), (int, float))
-KINDS |= {"use_mmap": (bool,), "stop": (list,)}
 
 
 class Presets:
@@ -49,12 +40,9 @@ class Presets:
         self._data = data
         self._pause = pause
 
-    def find(self, model: Any) -> Preset | None:
-        """Return the preset of this name; None also for a model that is not a text."""
-        if not self._table or not isinstance(model, str):
-            return None
-        known = self._table.get(canonical(model))
-        return known[1] if known else None
+    def find(self, model: str) -> Preset | None:
+        """Return the preset of this name."""
+        return self._table.get(canonical(model), ("", None))[1] if self._table else None
 
     def names(self, model: str) -> list[str]:
         """Return the model itself and, for a preset, what it is made from."""
@@ -74,37 +62,39 @@ class Presets:
             await asyncio.wait({task}, timeout=1)
 
     async def _keep(self, client: OllamaClient) -> None:
-        notes, pause = self._read(), self._pause
+        pause = self._pause
         waiting = dict.fromkeys(self._table, "")  # each with what was logged of it last
         while waiting:
             for name, logged in list(waiting.items()):
                 try:
-                    await self._make(client, name, notes)
+                    await self._make(client, name)
                     del waiting[name]
                 except Exception as exc:  # whatever goes wrong with one preset, the others are made
                     waiting[name] = str(exc) if isinstance(exc, OSPError) else repr(exc)
                     if waiting[name] != logged:
                         fields = {"preset": self._table[name][0], "error": waiting[name]}
                         logger.warning("preset not made", extra={"fields": fields})
-            await asyncio.sleep(pause if waiting else 0)
+            await asyncio.sleep(pause)
             pause = min(2 * pause, LONGEST_PAUSE)
 
-    async def _make(self, client: OllamaClient, name: str, notes: dict[str, list[Any]]) -> None:
+    async def _make(self, client: OllamaClient, name: str) -> None:
         """Make a preset that Ollama does not have or that has changed. Raises OSPError."""
         shown, preset = self._table[name]
-        models, noted = await listed(client), notes.get(name, [None, None])
+        models, notes = await listed(client), self._read()
         made, base = models.get(name), models.get(canonical(preset.model))
+        noted = notes.get(name, [None, None])
         if made and noted[1] not in (made, ""):
             raise ConfigError(
                 "Ollama has a model of this name that OSP did not make, and it stays as it is:"
                 f" give the preset another name, or type `ollama rm {shown}`"
             )
-        body = body_of(shown, preset)
-        if made and (noted[0] == [body, base] or not base):
+        body = {"model": shown, "from": preset.model, "stream": False}
+        body |= {"system": preset.system, "parameters": preset.options}
+        if made and (noted == [[body, base], made] or not base):
             return
         if not base:
             raise ConfigError(f"Ollama has no {preset.model}: type `ollama pull {preset.model}`")
-        self._write(notes, name, [None, ""])  # stopped from here on, OSP still knows it as its own
+        self._write(notes, name, [[body, base], ""])  # stopped from here on, it is OSP's own still
         try:
             await client.ask("/api/create", body)
         except UpstreamError as exc:
@@ -115,17 +105,16 @@ class Presets:
         self._write(notes, name, [[body, base], (await listed(client))[name]])
         logger.info("preset made", extra={"fields": {"preset": shown, "from": preset.model}})
 
-    def _read(self) -> dict[str, list[Any]]:
+    def _read(self) -> dict[str, Any]:
+        """Return what was asked for and the digest of what Ollama made, for each preset."""
+        file = self._data / "presets.json"
         try:
-            file = self._data / "presets.json"
-            notes = json.loads(file.read_bytes()) if file.exists() else {}
-            return {name: [asked, made] for name, (asked, made) in notes.items()}
-        except (OSError, ValueError, TypeError, AttributeError) as exc:
-            logger.warning("note of presets unreadable", extra={"fields": {"error": str(exc)}})
-            return {}
+            return dict(json.loads(file.read_bytes())) if file.exists() else {}
+        except (OSError, ValueError, TypeError) as exc:
+            raise ConfigError(f"{file} cannot be read ({exc}): mend or delete it") from exc
 
-    def _write(self, notes: dict[str, list[Any]], name: str, note: list[Any]) -> None:
-        """Note what was asked for and the digest of what Ollama made; "" is one not yet known."""
+    def _write(self, notes: dict[str, Any], name: str, note: list[Any]) -> None:
+        """Note a preset; the digest "" is one not yet known."""
         notes[name] = note
         self._data.mkdir(parents=True, exist_ok=True)
         fresh = self._data / "presets.new"
@@ -137,14 +126,3 @@ async def listed(client: OllamaClient) -> dict[str, str]:
     """Return the digest of each model that Ollama has, by its canonical name."""
     models = (await client.ask("/api/tags"))["models"] or []
     return {canonical(model["name"]): model["digest"] for model in models}
-
-
-def body_of(name: str, preset: Preset) -> dict[str, Any]:
-    """Return what /api/create is sent. Raises ConfigError for an option of a wrong type."""
-    for key, value in preset.options.items():
-        if type(value) not in (kinds := KINDS.get(key, (type(value),))):
-            right = " or ".join(kind.__name__ for kind in kinds)
-            raise ConfigError(f"[presets.{name}]: the option {key} must be {right}, not {value!r}")
-    body = {"model": name, "from": preset.model, "stream": False}
-    given = {"system": preset.system, "parameters": dict(preset.options)}
-    return body | {key: value for key, value in given.items() if value}

@@ -20,7 +20,6 @@ from kernel.log import HOP_BY_HOP, info
 
 Extra = Sequence[tuple[bytes, bytes]]  # headers of the proxy's own
 
-ALONE = frozenset((b"", b"keep-alive", b"close"))  # in Connection: they name no header
 LENGTH = FRAMING[0]
 
 
@@ -32,12 +31,13 @@ async def forward(
     Raises UpstreamError as long as nothing was answered, then BrokenAnswer, and ClientDisconnected.
     """
     headers = request_headers(scope, client)
-    if body is None:
-        body = await Upload.of(scope, receive).begin()
-    else:
+    if body is not None:
         headers = [pair for pair in headers if pair[0] != LENGTH]
-    if isinstance(body, Upload) and body.expects_continue:
-        headers = [*headers, (b"expect", b"100-continue")]
+    else:
+        upload = Upload.of(scope, receive)
+        body = await upload.begin()
+        if upload.expects_continue:
+            headers = [*headers, (b"expect", b"100-continue")]
     target = target_of(scope)
     async with aclosing(await client.forward(scope["method"], target, headers, body)) as answer:
         await relay(answer, scope, send)
@@ -67,14 +67,15 @@ class Upload:
         headers = dict(scope["headers"])
         self._receive = receive
         self._pieces: list[bytes] = []  # received, not yet iterated over
-        self._done = self._absent = not any(name in headers for name in FRAMING)
-        self.expects_continue = headers.get(b"expect", b"").lower() == b"100-continue"
+        self._done = not any(name in headers for name in FRAMING)
+        expects = headers.get(b"expect", b"").lower()
+        self.expects_continue = not self._done and expects == b"100-continue"
 
     @classmethod
     def of(cls, scope: Scope, receive: Receive) -> Upload:
         """Return the upload of this request."""
-        upload = scope.get("osp.upload") or scope.setdefault("osp.upload", cls(scope, receive))
-        assert isinstance(upload, Upload)
+        upload: Upload = scope.get("osp.upload") or cls(scope, receive)
+        scope["osp.upload"] = upload
         return upload
 
     async def read(self, limit: int) -> bytes | None:
@@ -88,15 +89,13 @@ class Upload:
         return body if len(body) <= limit else None
 
     async def begin(self) -> Body:
-        """Return the body as it is sent on: None, bytes if all is here, else this.
+        """Return the body as it is sent on: None if it is empty, bytes if all is here, else this.
 
         The first `receive()` tells a client that expects it to continue, so it is left to Ollama.
         """
         if not (self._done or self._pieces or self.expects_continue):
             await self._next()
-        if self._absent:
-            return None
-        return b"".join(self._pieces) if self._done else self
+        return (b"".join(self._pieces) or None) if self._done else self
 
     async def __aiter__(self) -> AsyncIterator[bytes]:
         while self._pieces or not self._done:
@@ -143,9 +142,7 @@ def response_headers(answer: Answer) -> Headers:
             kept.append(pair)
         elif pair[0] == b"connection":
             listed += pair[1].lower().replace(b" ", b"").split(b",")
-    if ALONE.issuperset(listed):
-        return kept
-    return [pair for pair in kept if pair[0] not in listed]
+    return [pair for pair in kept if pair[0] not in listed] if listed else kept
 
 
 async def start(send: Send, status: int, headers: Headers) -> None:

@@ -8,7 +8,7 @@ import json
 import resource
 import socket
 from collections.abc import AsyncGenerator, AsyncIterator, Iterator
-from contextlib import aclosing, asynccontextmanager
+from contextlib import aclosing
 from pathlib import Path
 
 import anyio
@@ -64,17 +64,16 @@ class Outside(House):
         return len(list(Path(f"/proc/{self.pid}/fd").iterdir()))
 
 
-@asynccontextmanager
-async def outside(tmp_path: Path, **env: str) -> AsyncIterator[Outside]:
-    """Run the command line before an upstream; it has answered a few requests already."""
+@pytest.fixture
+async def house(tmp_path: Path) -> AsyncIterator[Outside]:
+    """The command line before an upstream; it has answered a few requests already."""
     config = tmp_path / "osp.toml"
-    config.touch()
+    config.write_text(f"server.max_body = {MEGABYTE}\n", encoding="utf-8")
     write_agent(tmp_path / "plugins", "shouts", SHOUTS)
-    env = {**with_agents(tmp_path / "plugins"), **env}
     house = Outside(nothing)
     await house.open()
     flags = ("--config", str(config), "--upstream", f"http://127.0.0.1:{house.port}")
-    async with starting(*flags, env=env) as proxy:
+    async with starting(*flags, env=with_agents(tmp_path / "plugins")) as proxy:
         async with proxy.client() as client:
             for text in ("x", "/shouts x"):
                 await client.post("/api/chat", json=turn(text))
@@ -85,12 +84,6 @@ async def outside(tmp_path: Path, **env: str) -> AsyncIterator[Outside]:
         reading.cancel()
         await asyncio.wait({reading})
     await house.close()
-
-
-@pytest.fixture
-async def house(tmp_path: Path) -> AsyncIterator[Outside]:
-    async with outside(tmp_path, OSP_SERVER_MAX_BODY=str(MEGABYTE)) as house:
-        yield house
 
 
 @pytest.fixture

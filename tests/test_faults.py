@@ -22,6 +22,7 @@ from tests.support import running, turn, write_agent
 Reader: TypeAlias = asyncio.StreamReader
 Writer: TypeAlias = asyncio.StreamWriter
 Serve: TypeAlias = Callable[[Reader, Writer, bytes], Awaitable[None]]
+Step: TypeAlias = bytes | asyncio.Event | Callable[[Writer], object]
 Call: TypeAlias = tuple[str, str, bytes]
 
 STATUS = b"HTTP/1.1 200 OK\r\n"
@@ -119,6 +120,27 @@ async def built(folder: Path, **agents: str) -> AsyncIterator[House]:
     await house.close()
 
 
+class Script:
+    """Answers the requests in turn, the last answer again and again; `got` are their bodies.
+
+    Of the steps of an answer bytes are written, an event is waited for, a function gets the writer.
+    """
+
+    def __init__(self, *answers: tuple[Step, ...]) -> None:
+        self.answers = list(answers)
+        self.got: list[bytes] = []
+
+    async def __call__(self, reader: Reader, writer: Writer, head: bytes) -> None:
+        self.got.append(await body_after(reader, head))
+        for step in self.answers.pop(0) if len(self.answers) > 1 else self.answers[0]:
+            if isinstance(step, bytes):
+                writer.write(step)
+            elif isinstance(step, asyncio.Event):
+                await step.wait()
+            else:
+                step(writer)
+
+
 async def nothing(reader: Reader, writer: Writer, head: bytes) -> None:
     writer.write(OK)
 
@@ -202,46 +224,25 @@ async def sent(client: httpx.AsyncClient, call: Call) -> httpx.Response:
 # What dies between two requests
 
 
-@pytest.mark.parametrize("dies", ["after each answer", "while idle", "while idle, with a reset"])
+@pytest.mark.parametrize("dies", ["after each answer", "while idle", "with a reset", "restarts"])
 @pytest.mark.parametrize("call", [*SAFE, *ONCE], ids=name_of)
 async def test_a_kept_connection_that_died_costs_no_request(
     house: House, call: Call, dies: str
 ) -> None:
     kept: list[Writer] = []
+    after = [close] if dies == "after each answer" else []
+    house.serve = Script((OK, kept.append, *after))
 
-    async def serve(reader: Reader, writer: Writer, head: bytes) -> None:
-        await body_after(reader, head)
-        writer.write(OK)
-        kept.append(writer)
-        if dies == "after each answer":
-            writer.close()
-
-    house.serve = serve
     first = await sent(house.client, call)
-    if dies != "after each answer":
-        (reset if "reset" in dies else close)(kept[0])
+    if dies == "restarts":
+        await house.close()
+        await house.open()
+    elif not after:
+        (reset if dies == "with a reset" else close)(kept[0])
     second = await sent(house.client, call)
 
     assert (first.status_code, second.status_code) == (200, 200)
     assert len(kept) == 2
-
-
-@pytest.mark.parametrize("call", SAFE, ids=name_of)
-async def test_an_upstream_that_restarts_between_two_requests_costs_none(
-    house: House, call: Call
-) -> None:
-
-    async def serve(reader: Reader, writer: Writer, head: bytes) -> None:
-        await body_after(reader, head)
-        writer.write(OK)
-
-    house.serve = serve
-    first = await sent(house.client, call)
-    await house.close()
-    await house.open()
-    second = await sent(house.client, call)
-
-    assert (first.status_code, second.status_code) == (200, 200)
 
 
 @pytest.mark.parametrize("dies", [close, reset])
@@ -249,20 +250,13 @@ async def test_an_upstream_that_restarts_between_two_requests_costs_none(
 async def test_a_kept_connection_that_dies_under_a_request_is_replaced(
     house: House, call: Call, dies: Callable[[Writer], None]
 ) -> None:
-    got: list[bytes] = []
+    house.serve = script = Script((OK,), (dies,), (OK,))
 
-    async def serve(reader: Reader, writer: Writer, head: bytes) -> None:
-        got.append(await body_after(reader, head))
-        if len(got) == 2:
-            return dies(writer)
-        writer.write(OK)
-
-    house.serve = serve
     await sent(house.client, call)
     second = await sent(house.client, call)
 
     assert second.status_code == 200
-    assert got == [got[0]] * 3
+    assert script.got == [script.got[0]] * 3
 
 
 @pytest.mark.parametrize("dies", [close, reset])
@@ -271,19 +265,13 @@ async def test_a_kept_connection_that_dies_under_a_request_is_replaced(
 async def test_what_must_not_run_twice_is_sent_once(
     house: House, call: Call, nth: int, dies: Callable[[Writer], None]
 ) -> None:
-    got: list[bytes] = []
+    turns: list[tuple[Step, ...]] = [(OK,), (dies,)]
+    house.serve = script = Script(*turns[-nth:])
 
-    async def serve(reader: Reader, writer: Writer, head: bytes) -> None:
-        got.append(await body_after(reader, head))
-        if len(got) >= nth:
-            return dies(writer)
-        writer.write(OK)
-
-    house.serve = serve
     answers = [await sent(house.client, call) for _ in range(nth)]
 
     assert answers[-1].status_code == 502
-    assert len(got) == nth
+    assert len(script.got) == nth
 
 
 @pytest.mark.parametrize("then", ["closes", "reads no more", "reads the rest"])
@@ -295,15 +283,12 @@ async def test_an_answer_before_the_upload_was_read_reaches_the_client(
     over = asyncio.Event()
 
     async def serve(reader: Reader, writer: Writer, head: bytes) -> None:
-        if head.startswith(b"GET"):
-            return writer.write(OK)
         writer.write(STATUS + b"Content-Length: 6\r\n\r\nexists")
-        if then == "closes":
-            return writer.close()
-        if then == "reads no more":
+        if then == "reads the rest":
+            await body_after(reader, head)
+        elif then == "reads no more":
             await over.wait()
-            return writer.close()
-        await body_after(reader, head)
+        writer.close()
 
     if framing == "length":
         framed, body = b"Content-Length: %d" % size, b"x" * size
@@ -313,17 +298,12 @@ async def test_an_answer_before_the_upload_was_read_reaches_the_client(
     async with connection(house.url) as (reader, writer):
         writer.write(b"POST /api/blobs/sha256:0 HTTP/1.1\r\nHost: localhost\r\n" + framed)
         writer.write(b"\r\n\r\n" + body)
-        try:
-            first = await answer_of(reader)
-            with anyio.fail_after(LIMIT):
-                await writer.drain()
-            writer.write(b"GET /api/tags HTTP/1.1\r\nHost: localhost\r\n\r\n")
-            second = await answer_of(reader)
-        finally:
-            over.set()
+        head, content = await answer_of(reader)
+        with anyio.fail_after(LIMIT):
+            await writer.drain()
+        over.set()
 
-    assert first[0].startswith(STATUS) and first[1] == b"exists"
-    assert second[0].startswith(STATUS) and second[1] == b"ok"
+    assert head.startswith(STATUS) and content == b"exists"
 
 
 # What breaks off
@@ -353,32 +333,23 @@ async def test_breaking_off_is_a_502_or_a_broken_connection_and_never_an_end(
         return  # this is its end
     path, body = REQUESTS[kind]
     begin = BREAKS[at].replace(b"%s", stream_type(path))
-    seen = asyncio.Event()
     # The head of an answer that agents edit leaves with its first frame.
     framed = b"{}\n" in begin and not path.startswith("/v1/")
-    waits = "agent" in kind and not framed
-    headless = waits or b"\r\n\r\n" not in begin
+    headless = b"\r\n\r\n" not in begin or ("agent" in kind and not framed)
+    seen = asyncio.Event()
+    house.serve = Script((begin, how) if headless else (begin, seen, how))
 
-    async def serve(reader: Reader, writer: Writer, head: bytes) -> None:
-        await body_after(reader, head)
-        writer.write(begin)
-        if not headless:
-            await seen.wait()
-        how(writer)
-
-    house.serve = serve
     with anyio.fail_after(LIMIT):
         async with house.client.stream("POST", path, content=body) as answer:
             seen.set()
             if headless:
                 error = json.loads(await answer.aread())["error"]
+                assert isinstance(error, dict if path.startswith("/v1/") else str)
             else:
                 with pytest.raises((httpx.RemoteProtocolError, httpx.ReadError)):
                     await answer.aread()
 
     assert answer.status_code == (502 if headless else 200)
-    if headless:
-        assert isinstance(error, dict if path.startswith("/v1/") else str)
 
 
 NONSENSE = {
@@ -416,13 +387,8 @@ async def test_nonsense_is_a_502_and_the_next_request_works(
     house: House, kind: str, nonsense: str
 ) -> None:
     path, body = REQUESTS[kind]
-    answers = [NONSENSE[nonsense], OK]
+    house.serve = Script((NONSENSE[nonsense],), (OK,))
 
-    async def serve(reader: Reader, writer: Writer, head: bytes) -> None:
-        await body_after(reader, head)
-        writer.write(answers.pop(0))
-
-    house.serve = serve
     first = await sent(house.client, ("POST", path, body))
     second = await sent(house.client, ("POST", path, body))
 
@@ -433,13 +399,9 @@ async def test_nonsense_is_a_502_and_the_next_request_works(
 @pytest.mark.parametrize("kind", ["pass-through", "chat", "chat with an agent"])
 async def test_nonsense_for_a_chunk_breaks_the_connection(house: House, kind: str) -> None:
     path, body = REQUESTS[kind]
+    head = STATUS + b"Content-Type: application/x-ndjson\r\n" + CHUNKED
+    house.serve = Script((head + b"3\r\n{}\n\r\nzz\r\n{}\n\r\n0\r\n\r\n",))
 
-    async def serve(reader: Reader, writer: Writer, head: bytes) -> None:
-        await body_after(reader, head)
-        writer.write(STATUS + b"Content-Type: application/x-ndjson\r\n" + CHUNKED)
-        writer.write(b"3\r\n{}\n\r\nzz\r\n{}\n\r\n0\r\n\r\n")
-
-    house.serve = serve
     with anyio.fail_after(LIMIT), pytest.raises(httpx.RemoteProtocolError):
         await house.client.post(path, content=body)
 
@@ -472,14 +434,9 @@ async def test_odd_answers_arrive_whole_and_the_next_request_works(
     house: House, kind: str, odd: str
 ) -> None:
     path, body = REQUESTS[kind]
+    ends = odd in ("HTTP/1.0", "an end by closing", "bare LF, until it closes")
+    house.serve = Script((ODD[odd], close) if ends else (ODD[odd],))
 
-    async def serve(reader: Reader, writer: Writer, head: bytes) -> None:
-        await body_after(reader, head)
-        writer.write(ODD[odd])
-        if odd in ("HTTP/1.0", "an end by closing", "bare LF, until it closes"):
-            writer.close()
-
-    house.serve = serve
     async with connection(house.url) as (reader, writer):
         for _ in range(2):
             writer.write(post(path, body))
@@ -489,9 +446,7 @@ async def test_odd_answers_arrive_whole_and_the_next_request_works(
             assert fields_of(head).get(b"content-length", b"2") == b"2"
             assert b"x-sum: " not in head.lower()
             assert head.lower().count(b"x-many: ") == ODD[odd].count(b"X-Many: ")
-            assert (
-                len(fields_of(head).get(b"x-big", b"")) == ODD[odd].count(b"x" * 200_000) * 200_000
-            )
+            assert head.count(b"x" * 200_000) == ODD[odd].count(b"x" * 200_000)
 
 
 @pytest.mark.parametrize(
@@ -510,12 +465,8 @@ async def test_bodiless_answers_keep_both_connections(
     house: House, method: str, answer: bytes, length: bytes | None
 ) -> None:
     peers = set()
+    house.serve = Script((answer, lambda writer: peers.add(writer.get_extra_info("peername"))))
 
-    async def serve(reader: Reader, writer: Writer, head: bytes) -> None:
-        peers.add(writer.get_extra_info("peername"))
-        writer.write(answer)
-
-    house.serve = serve
     async with connection(house.url) as (reader, writer):
         for _ in range(3):
             writer.write(b"%s /x HTTP/1.1\r\nHost: localhost\r\n\r\n" % method.encode())
@@ -533,14 +484,9 @@ async def test_bodiless_answers_keep_both_connections(
 async def test_an_answer_that_pauses_behind_its_head_is_waited_for(house: House, kind: str) -> None:
     path, body = REQUESTS[kind]
     seen = asyncio.Event()
+    head = STATUS + b"Content-Type: %s\r\n" % stream_type(path) + CHUNKED
+    house.serve = Script((head, seen, b"2\r\nok\r\n0\r\n\r\n"))
 
-    async def serve(reader: Reader, writer: Writer, head: bytes) -> None:
-        await body_after(reader, head)
-        writer.write(STATUS + b"Content-Type: %s\r\n" % stream_type(path) + CHUNKED)
-        await seen.wait()
-        writer.write(b"2\r\nok\r\n0\r\n\r\n")
-
-    house.serve = serve
     with anyio.fail_after(LIMIT):
         async with house.client.stream("POST", path, content=body) as answer:
             seen.set()
@@ -550,17 +496,10 @@ async def test_an_answer_that_pauses_behind_its_head_is_waited_for(house: House,
 async def test_an_agent_is_told_when_the_model_breaks_off_and_the_chat_goes_on(
     house: House,
 ) -> None:
-    asked: list[bytes] = []
+    house.serve = script = Script((STATUS + LENGTH, reset), (OK,))
 
-    async def serve(reader: Reader, writer: Writer, head: bytes) -> None:
-        asked.append(await body_after(reader, head))
-        writer.write(STATUS + LENGTH if len(asked) == 1 else OK)
-        if len(asked) == 1:
-            reset(writer)
-
-    house.serve = serve
     answer = await sent(house.client, ("POST", "/api/chat", json.dumps(turn("/asks y")).encode()))
 
     assert answer.status_code == 200 and answer.content == b"ok"
     assert answer.headers["X-OSP-Agents"].startswith("asks;error;")
-    assert len(asked) == 2
+    assert len(script.got) == 2

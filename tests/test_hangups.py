@@ -202,76 +202,46 @@ async def test_leaving_in_an_upload_closes_the_upstream_and_is_logged(
     assert upstream.arrived == ([] if collected else [path])
 
 
+BEFORE = {"waits": [], "asks": ["/api/chat"], "embeds": ["/api/embed"]}  # and where it asks
+AFTER = [*(f"waits-{hook}" for hook in HOOKS[1:]), "asks-on_response"]
+
+
+@pytest.mark.parametrize("agent", BEFORE)
 @pytest.mark.parametrize("path", CHATS)
-async def test_leaving_in_a_request_hook_cancels_it_and_starts_no_other(
-    house: House, log: Watched, path: str
+async def test_leaving_in_a_request_hook_cancels_it_closes_what_it_asks_and_starts_no_other(
+    house: House, log: Watched, path: str, agent: str
 ) -> None:
     house.serve = upstream = Holding()
-    body = json.dumps(turn("/waits-on_request /later-on_request x")).encode()
+    body = json.dumps(turn(f"/{agent}-on_request /later-on_request x")).encode()
 
     async with connection(house.url) as (_, writer):
         writer.write(request("POST", path, body))
-        await until(lambda: log.said)
+        await until(lambda: log.said and upstream.open == BEFORE[agent])
 
     await is_left(house, log, upstream, path)
     assert log.said == ["began", "cancelled"]
-    assert upstream.arrived == []
+    assert upstream.arrived == BEFORE[agent]
 
 
 @pytest.mark.parametrize("stream", [True, False])
-@pytest.mark.parametrize("hook", HOOKS[1:])
+@pytest.mark.parametrize("agent", AFTER)
 @pytest.mark.parametrize("path", CHATS)
-async def test_leaving_in_a_response_hook_cancels_it_and_starts_no_other(
-    house: House, log: Watched, path: str, hook: str, stream: bool
+async def test_leaving_in_a_response_hook_cancels_it_closes_all_and_starts_no_other(
+    house: House, log: Watched, path: str, agent: str, stream: bool
 ) -> None:
     frames = [event("a"), event("", "stop"), DONE] if path == CHATS[1] else [line("a"), done()]
     begin = streamed(path, *frames) if stream else whole(path)
-    house.serve = upstream = Holding(begin, complete=not stream)
-    body = json.dumps(turn(f"/waits-{hook} /later-{hook} x", stream=stream)).encode()
-
-    async with connection(house.url) as (_, writer):
-        writer.write(request("POST", path, body))
-        await until(lambda: log.said)
-
-    await is_left(house, log, upstream, path)
-    assert log.said == ["began", "cancelled"]
-
-
-@pytest.mark.parametrize("asks", ["asks", "embeds"])
-@pytest.mark.parametrize("path", CHATS)
-async def test_leaving_while_an_agent_asks_before_the_model_closes_that_upstream(
-    house: House, log: Watched, path: str, asks: str
-) -> None:
-    house.serve = upstream = Holding()
-    body = json.dumps(turn(f"/{asks}-on_request /later-on_request x")).encode()
-
-    async with connection(house.url) as (_, writer):
-        writer.write(request("POST", path, body))
-        await until(lambda: upstream.open)
-
-    await is_left(house, log, upstream, path)
-    assert log.said == ["began", "cancelled"]
-    assert upstream.arrived == ["/api/chat" if asks == "asks" else "/api/embed"]
-
-
-@pytest.mark.parametrize("stream", [True, False])
-@pytest.mark.parametrize("path", CHATS)
-async def test_leaving_while_an_agent_asks_after_the_model_closes_both_upstreams(
-    house: House, log: Watched, path: str, stream: bool
-) -> None:
-    frames = [event("a"), event("", "stop")] if path == CHATS[1] else [line("a"), done()]
-    begin = streamed(path, *frames) if stream else whole(path)
-    answered = Holding(begin, complete=not stream)
-    asked = Holding()
+    answered, asked = Holding(begin, complete=not stream), Holding()
 
     async def serve(reader: Reader, writer: Writer, head: bytes) -> None:
         await (asked if answered.arrived else answered)(reader, writer, head)
 
     house.serve = serve
-    body = json.dumps(turn("/asks-on_response /later-on_response x", stream=stream)).encode()
+    later = "/later-" + agent.partition("-")[2]
+    body = json.dumps(turn(f"/{agent} {later} x", stream=stream)).encode()
     async with connection(house.url) as (_, writer):
         writer.write(request("POST", path, body))
-        await until(lambda: asked.open)
+        await until(lambda: log.said and len(asked.open) == agent.startswith("asks"))
 
     await is_left(house, log, asked, path)
     await is_left(house, log, answered, path)

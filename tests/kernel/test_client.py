@@ -9,14 +9,15 @@ import ssl
 import subprocess
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import ExitStack, aclosing, asynccontextmanager, contextmanager, suppress
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeAlias
 
 import anyio
 import pytest
 
-from kernel.address import Upstream, parse_upstream
 from kernel.client import OllamaClient
+from kernel.config import Upstream, parse_upstream
 from kernel.connection import Connection
 from kernel.errors import UpstreamConnectionError, UpstreamError, UpstreamTimeout
 
@@ -50,6 +51,13 @@ async def upstream(serve: Serve, host: str = "127.0.0.1", port: int = 0, **tls: 
     async with server:
         yield server.sockets[0].getsockname()[1]
     await asyncio.gather(*filter(None, connections))
+
+
+@asynccontextmanager
+async def before(serve: Serve, keep: float = 60.0) -> AsyncIterator[OllamaClient]:
+    async with upstream(serve) as port:
+        async with OllamaClient(Upstream("http", "127.0.0.1", port), 1.0, keep) as client:
+            yield client
 
 
 async def answers(reader: Reader, writer: Writer) -> None:
@@ -150,21 +158,18 @@ async def test_a_connection_that_was_idle_for_its_time_is_closed() -> None:
         finally:
             closed.set()
 
-    async with upstream(serve) as port:
-        async with OllamaClient(Upstream("http", "127.0.0.1", port), 1.0, keep=0.1) as client:
-            for _ in range(2):
-                await (await client.forward("GET", b"/", [])).read()
-            assert not closed.is_set()
-            with anyio.fail_after(1):
-                await closed.wait()
+    async with before(serve, keep=0.1) as client:
+        for _ in range(2):
+            await (await client.forward("GET", b"/", [])).read()
+        assert not closed.is_set()
+        with anyio.fail_after(1):
+            await closed.wait()
 
 
 async def test_the_other_side_of_a_silent_connection_is_probed() -> None:
+    loop, made = asyncio.get_running_loop(), partial(Connection, "http://x", print)
     async with upstream(answers) as port:
-        loop = asyncio.get_running_loop()
-        transport, _ = await loop.create_connection(
-            lambda: Connection("http://x", print), "127.0.0.1", port
-        )
+        transport, _ = await loop.create_connection(made, "127.0.0.1", port)
         sock = transport.get_extra_info("socket")
         idle = sock.getsockopt(socket.IPPROTO_TCP, getattr(socket, "TCP_KEEPIDLE", 0x10))
         transport.close()
@@ -172,37 +177,15 @@ async def test_the_other_side_of_a_silent_connection_is_probed() -> None:
         assert sock.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE) and idle == 15
 
 
-async def test_a_connection_that_ended_before_the_loop_looked_is_not_used() -> None:
-    loop = asyncio.get_running_loop()
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        listener.setblocking(False)
-        to = Upstream("http", *listener.getsockname())
-
-        async def accept() -> socket.socket:
-            connection, _ = await loop.sock_accept(listener)
-            await loop.sock_recv(connection, 2**16)
-            await loop.sock_sendall(connection, OK)
-            return connection
-
-        async with OllamaClient(to, 1.0) as client:
-            for _ in range(2):
-                accepting = loop.create_task(accept())
-                await asyncio.sleep(0)
-                answer = await client.forward("POST", b"/api/pull", [], b"x")
-                assert await answer.read() == b"ok"
-                (await accepting).close()
-
-
 @pytest.mark.parametrize("banner", [b"", b"SSH-2.0-OpenSSH_9\r\n"])
 async def test_a_server_that_does_not_wait_for_a_request_is_an_error(banner: bytes) -> None:
     async def serve(reader: Reader, writer: Writer) -> None:
         writer.write(banner)
 
-    async with upstream(serve) as port:
-        async with OllamaClient(Upstream("http", "127.0.0.1", port), 1.0) as client:
-            for _ in range(20):
-                with anyio.fail_after(1), pytest.raises(UpstreamError, match="broke off|not HTTP"):
-                    await client.forward("GET", b"/", [])
+    async with before(serve) as client:
+        for _ in range(20):
+            with anyio.fail_after(1), pytest.raises(UpstreamError, match="broke off|not HTTP"):
+                await client.forward("GET", b"/", [])
 
 
 @pytest.mark.parametrize("phase", ["waiting", "reading", "uploading"])
@@ -225,12 +208,11 @@ async def test_cancelling_a_request_closes_its_connection(phase: str) -> None:
         async with aclosing(await client.forward("POST", b"/", [], sent)) as answer:
             assert [chunk async for chunk in answer] == []
 
-    async with upstream(serve) as port:
-        async with OllamaClient(Upstream("http", "127.0.0.1", port), 5.0) as client:
-            asking = asyncio.create_task(ask(client))
-            await arrived.wait()
-            asking.cancel()
-            with anyio.fail_after(1):
-                await closed.wait()
+    async with before(serve) as client:
+        asking = asyncio.create_task(ask(client))
+        await arrived.wait()
+        asking.cancel()
+        with anyio.fail_after(1):
+            await closed.wait()
 
     assert asking.cancelled()
