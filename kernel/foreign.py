@@ -10,6 +10,7 @@ import re
 import sys
 import traceback
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, cast
 
@@ -17,6 +18,8 @@ from kernel import agent as contract
 from kernel.agent import Abort, Reply
 from kernel.errors import Aborted, OSPError, PluginExecutionError, PluginLoadError, UpstreamError
 
+PACKAGES = {"markdown_it": "markdown-it-py", "bs4": "beautifulsoup4", "yaml": "PyYAML"}
+PACKAGES |= {"PIL": "pillow", "sklearn": "scikit-learn"}  # modules whose package has another name
 # A header that an agent may set: neither its name nor its value can change how an answer is framed
 HEADER = re.compile(
     r"(?!(?:connection|content-|transfer-|upgrade|trailer|keep-alive|date|x-osp-))"
@@ -102,17 +105,17 @@ def diagnosis(exc: BaseException | None, folder: Path) -> tuple[str, str]:
     return safe_text(lambda: place_of(exc, folder)), safe_text(lambda: cure(exc, folder))
 
 
-def frames(exc: BaseException | None, folder: Path) -> list[traceback.FrameSummary]:
-    found = traceback.extract_tb(None if exc is None else exc.__traceback__)
-    return [frame for frame in found if frame.filename.startswith(str(folder))]
+def last_frame(exc: BaseException | None, folder: Path) -> traceback.FrameSummary | None:
+    """Return the last place inside of `folder` that an exception came through."""
+    frames = traceback.extract_tb(exc.__traceback__ if exc is not None else None)
+    return next((f for f in reversed(frames) if f.filename.startswith(str(folder))), None)
 
 
 def place_of(exc: BaseException | None, folder: Path) -> str:
-    """Return `file:line`, the last place inside of `folder` that an exception came through."""
     if isinstance(exc, SyntaxError) and str(exc.filename).startswith(str(folder)):
         return f"{exc.filename}:{exc.lineno}"
-    inside = frames(exc, folder)
-    return f"{inside[-1].filename}:{inside[-1].lineno}" if inside else ""
+    frame = last_frame(exc, folder)
+    return f"{frame.filename}:{frame.lineno}" if frame else ""
 
 
 def cure(exc: BaseException | None, folder: Path) -> str:
@@ -120,8 +123,7 @@ def cure(exc: BaseException | None, folder: Path) -> str:
 
     A name that is not known here is said only if the agent's code has it: a prompt is data.
     """
-    inside = frames(exc, folder)
-    name = getattr(exc, "name", None) or ""
+    frame, name = last_frame(exc, folder), getattr(exc, "name", None) or ""
     first, _, inner = name.partition(".")
     if isinstance(exc, NameError):
         ours = getattr(vars(contract).get(name), "__module__", "") == contract.__name__
@@ -133,9 +135,12 @@ def cure(exc: BaseException | None, folder: Path) -> str:
             return f"; what is beside agent.py is imported with a dot: from .{first} import ..."
         if inner:
             return "; there is no such file there"
-        named = inside and first in re.findall(r"\w+", inside[-1].line or "")
-        line = f"{sys.executable} -m pip install {first if named else ''}".rstrip()
+        named = frame and first in re.findall(r"\w+", frame.line or "")
+        pip = f"{sys.executable} -m pip install"
+        if not find_spec("pip"):  # an environment that uv made
+            pip = f"uv pip install --python {sys.executable}"
+        line = f"{pip} {PACKAGES.get(first, first) if named else ''}".rstrip()
         return f"; install it for the Python that runs the proxy: {line}"
-    if isinstance(exc, TypeError) and "__init__() missing" in str(exc) and not inside:
+    if isinstance(exc, TypeError) and "__init__() missing" in str(exc) and not frame:
         return "; an agent is made without arguments, what it needs is in self.settings"
     return ""

@@ -8,15 +8,16 @@ from __future__ import annotations
 
 import asyncio
 import copy
-import math
 import os
 import re
 from collections import Counter, OrderedDict, defaultdict, deque
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from inspect import getmembers_static
+from math import isfinite
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from kernel.agent import BaseAgent, Context
 from kernel.config import PluginsConfig, Seconds, Settings, build, convert
@@ -36,7 +37,7 @@ class AgentConfig:
     description: str = ""  # default: the first line of the class's docstring
     enabled: bool = True
     always: bool = False  # in play without being asked for
-    priority: float = 0.0  # of those: lowest first
+    priority: Annotated[float, "finite", isfinite] = 0.0  # of those: lowest first
     models: tuple[str, ...] = ()  # of those: patterns of the models meant; empty: all
     on_error: Literal["skip", "abort"] = "skip"  # a failure: go on without it, or refuse
     timeout: Seconds = 0.0  # for each hook; 0, which cannot be said: chain.timeout
@@ -57,7 +58,7 @@ class Plugin:
     error: PluginLoadError | None = None
     description: str = ""
     hooks: tuple[str, ...] = ()  # those that it overrides
-    own: Settings = field(default_factory=dict)  # the containers that each request gets anew
+    own: dict[str, list[Any]] = field(default_factory=dict)  # `contents` that requests get anew
     places: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(THREADS))
     left_behind: set[asyncio.Task[Any]] = field(default_factory=set)  # hooks that took too long
 
@@ -74,6 +75,13 @@ class Plugin:
     def responds(self) -> bool:
         return not set(self.hooks).isdisjoint(("on_response", "on_chunk", "on_end"))
 
+    def keep_unchanged(self, agent: BaseAgent) -> None:
+        """Forget the containers that `setup` replaced or filled: those are shared by requests."""
+        after = owned(agent)
+        for name, found in [*self.own.items()]:
+            if [*map(id, found)] != [*map(id, after.get(name, ()))]:
+                del self.own[name]
+
     def instance(self, context: Context, arguments: Settings) -> BaseAgent:
         """Return a copy of the agent for one request.
 
@@ -85,36 +93,29 @@ class Plugin:
         shared = vars(self.agent)
         copies: dict[int, Any] = {}
         own = {
-            name: fresh(made, copies)
-            for name, made in self.own.items()
-            if shared.get(name, made) is made  # else it was replaced later, for all requests
+            name: fresh(found[0], copies)
+            for name, found in self.own.items()
+            if shared.get(name, found[0])
+            is found[0]  # else it was replaced later, for all requests
         }
         agent = object.__new__(type(self.agent))
         vars(agent).update({**shared, **own, "context": context, "arguments": arguments})
         return agent
 
 
-def classes(agent: BaseAgent) -> list[type]:
-    """Return the agent's classes, bases first, without those of the contract."""
-    return [kind for kind in reversed(type(agent).__mro__) if kind not in BaseAgent.__mro__]
-
-
-def containers(agent: BaseAgent) -> dict[str, Any]:
-    """Return the lists, dicts and sets that an agent and its classes hold, by attribute."""
-    tables = [*map(vars, classes(agent)), vars(agent)]
-    found = {name: value for table in tables for name, value in table.items()}
-    return {k: v for k, v in found.items() if type(v) in CONTAINERS and not k.startswith("__")}
+def owned(agent: BaseAgent) -> dict[str, list[Any]]:
+    """Return the `contents` of the lists, dicts and sets of an agent and its class, by name."""
+    members = getmembers_static(agent)
+    return {n: contents(made) for n, made in members if type(made) in CONTAINERS and n[:2] != "__"}
 
 
 def contents(value: Any) -> list[Any]:
-    """Return a container, what is in it and in the containers in it: two lists can be compared."""
-    found, waiting, seen = [], [value], set()
-    while waiting:
-        item = waiting.pop()
-        found.append(item)
+    """Return a container, what is in it and in the containers in it, always in the same order."""
+    found, seen = [value], set()
+    for item in found:
         if type(item) in CONTAINERS and id(item) not in seen:
             seen.add(id(item))
-            waiting += [*item, *item.values()] if isinstance(item, dict) else item
+            found += [*item, *item.values()] if isinstance(item, dict) else item
     return found
 
 
@@ -179,25 +180,38 @@ def read_config(plugin: Plugin, table: Any, environ: Mapping[str, str]) -> Agent
     with located(file):
         if name in RESERVED or not NAME.fullmatch(name):
             raise ConfigError(f"{name!r} cannot be a command: letters, digits, _ and - can")
-        declared = checked(read_json(folder), file, folder)
+        config = layered(AgentConfig(), read_json(folder), file, folder)
     with located(place):
-        over = checked(table, place, folder)
-        for what in ("settings", "arguments"):
-            known = getattr(declared, what)
-            for key in getattr(over, what):
-                if known and key not in known:
-                    text = f"{place}: unknown {what[:-1]} {key!r}; known are {', '.join(known)}"
-                    raise ConfigError(text)
-        for key in over.arguments.keys() & declared.arguments.keys():
-            kind = type(declared.arguments[key])
-            convert(over.arguments[key], kind, f"{place}: arguments: {key}", folder)
-    settings = {**declared.settings, **over.settings}
+        config = layered(config, table, place, folder)
+    settings = dict(config.settings)
     for key, value in settings.items():
-        with located(place if key in over.settings else file):
-            settings[key] = resolved(value, environ)
+        if isinstance(value, str) and re.fullmatch(r"\$[A-Za-z_]\w*", value):
+            with located(place if key in table.get("settings", ()) else file):
+                if value[1:] not in environ:
+                    raise ConfigError(f"settings: {value} is not set in the environment")
+            settings[key] = environ[value[1:]]
+    return replace(config, settings=settings)
+
+
+def layered(below: AgentConfig, table: Any, where: str, folder: Path) -> AgentConfig:
+    """Return the settings in a table over those `below`. Raises ConfigError."""
+    if not isinstance(table, dict):
+        raise ConfigError(f"{where}: the settings of an agent must be a table")
+    over = build(AgentConfig, table, where, folder)
     merged = {key: getattr(over, key) for key in table}
-    merged |= {"settings": settings, "arguments": {**declared.arguments, **over.arguments}}
-    return replace(declared, **merged)
+    for what in ("settings", "arguments"):
+        known = getattr(below, what)
+        merged[what] = {**known, **getattr(over, what)}
+        if known and (unknown := merged[what].keys() - known):
+            text = f"unknown {what[:-1]} {min(unknown)!r}; known are {', '.join(known)}"
+            raise ConfigError(f"{where}: {text}")
+    for key, value in over.arguments.items():
+        place = f"{where}: arguments: {key}"
+        convert(value, type(below.arguments.get(key, value)), place, folder)
+        if not (isinstance(value, str | int) or (isinstance(value, float) and isfinite(value))):
+            text = f"{value!r} is wrong here, it must be text, true, false or a finite number"
+            raise ConfigError(f"{place}: {text}")
+    return replace(below, **merged)
 
 
 @contextmanager
@@ -214,45 +228,20 @@ def read_json(folder: Path) -> Any:
     return loads(file.read_bytes()) if os.path.lexists(file) else {}
 
 
-def checked(table: Any, where: str, folder: Path) -> AgentConfig:
-    """Return the settings in a table. Raises ConfigError for what cannot work."""
-    if not isinstance(table, dict):
-        raise ConfigError(f"{where}: the settings of an agent must be a table")
-    config = build(AgentConfig, table, where, folder)
-    for key, value in {"priority": config.priority, **config.arguments}.items():
-        if not isinstance(value, str | int | float):
-            raise ConfigError(f"{where}: arguments: {key} must be a string, a number or a boolean")
-        if isinstance(value, float) and not math.isfinite(value):
-            raise ConfigError(f"{where}: {key}: {value} is wrong here, it must be finite")
-    return config
-
-
 def guess(folder: Path, over: Any) -> AgentConfig:
     """Guess from settings that are wrong whether they are a guard's: in doubt they are."""
     try:
         table = read_json(folder)
-    except (ValueError, RecursionError):  # no JSON: "abort" anywhere in it makes a guard
-        text = (folder / "config.json").read_bytes().replace(b"\0", b"").lower()
-        table = {"always": b"abort" in text, "on_error": "abort"}
-    except OSError:
-        table = {"always": True, "on_error": "abort"}
-    found: dict[str, Any] = {}
-    for each in (table, over):
-        found |= each if isinstance(each, dict) else {}
+    except (OSError, ValueError, RecursionError) as exc:  # no JSON: "abort" anywhere makes a guard
+        unread = isinstance(exc, OSError)
+        text = b"" if unread else (folder / "config.json").read_bytes().replace(b"\0", b"").lower()
+        table = {"always": unread or b"abort" in text, "on_error": "abort"}
+    found = {key: value for t in (table, over) if isinstance(t, dict) for key, value in t.items()}
     return AgentConfig(
         enabled=found.get("enabled") is not False,
         always=found.get("always", False) is not False,
         on_error="skip" if found.get("on_error", "skip") == "skip" else "abort",
     )
-
-
-def resolved(value: Any, environ: Mapping[str, str]) -> Any:
-    """Return the environment's value for `"$NAME"`, and any other value as it is."""
-    if not isinstance(value, str) or not re.fullmatch(r"\$[A-Za-z_]\w*", value):
-        return value
-    if value[1:] not in environ:
-        raise ConfigError(f"settings: {value} is not set in the environment")
-    return environ[value[1:]]
 
 
 def loaded(plugins: Mapping[str, Plugin]) -> list[str]:

@@ -14,19 +14,18 @@ import logging
 import secrets
 import sys
 from collections.abc import Mapping, Sequence
-from functools import partial
 from operator import attrgetter
 from pathlib import Path
 from types import ModuleType
-from typing import Any, Self
+from typing import Self
 
-from kernel.agent import BaseAgent, Clock, Reply
+from kernel.agent import BaseAgent, Reply
 from kernel.config import PluginsConfig, Settings
 from kernel.errors import NotAllowed, OSPError, PluginLoadError
 from kernel.foreign import load_error, safe_text
-from kernel.hooks import run_hook
+from kernel.hooks import HookRunner
 from kernel.models import matches
-from kernel.plugin import Plugin, classes, containers, contents, scan
+from kernel.plugin import Plugin, owned, scan
 
 logger = logging.getLogger(__name__)
 
@@ -88,15 +87,10 @@ class PluginRegistry:
         """Import, construct and set up; what goes wrong ends up in `plugin.error`."""
         try:
             if plugin.error is None and plugin.config.enabled:
-                clock, make = Clock(self.setup_limit), partial(self._make, plugin)
-                agent, before = await run_hook(
-                    plugin, lambda: make, clock=clock, accept=lambda made: (made, owned(made))
-                )
+                runner = HookRunner(plugin, self.setup_limit)
+                agent = await runner.run(self, "_make", (plugin,))
                 self._set_up[plugin] = agent
-                clock = Clock(self.setup_limit)
-                plugin.own = await run_hook(
-                    plugin, lambda: agent.setup, clock=clock, accept=lambda _: same(before, agent)
-                )
+                await runner.run(agent, "setup", (), lambda _: plugin.keep_unchanged(agent))
                 plugin.agent = agent
         except (OSPError, Reply) as exc:
             self._set_up.pop(plugin, None)
@@ -118,9 +112,12 @@ class PluginRegistry:
         kind = agent_class(module)
         agent = kind()
         try:
-            check_copyable(agent)
+            object.__new__(kind)
+            if getattr(kind, "__slots__", ()):
+                raise TypeError("it has __slots__")
             agent.settings = plugin.config.settings
             agent._data_dir = self._data / plugin.name
+            plugin.own = owned(agent)
         except Exception as exc:  # a frozen dataclass, say
             raise PluginLoadError(f"its instances cannot be copied for a request: {exc}") from exc
         plugin.hooks = tuple(h for h in HOOKS if getattr(kind, h) is not getattr(BaseAgent, h))
@@ -131,9 +128,8 @@ class PluginRegistry:
     async def _tear_down(self, plugin: Plugin) -> None:
         agent, plugin.agent = self._set_up.pop(plugin, None), None
         if agent is not None:
-            clock = Clock(self.teardown_limit)
             try:
-                await run_hook(plugin, lambda: agent.teardown, clock=clock, accept=lambda _: None)
+                await HookRunner(plugin, self.teardown_limit).run(agent, "teardown")
             except (OSPError, Reply) as exc:  # the last word of foreign code
                 error = load_error(exc, plugin.folder)
                 fields = {"agent": plugin.name, "error": error.kind, "where": error.where}
@@ -165,23 +161,3 @@ def agent_class(module: ModuleType) -> type[BaseAgent]:
         names = ", ".join(kind.__name__ for kind in found) or "none"
         raise PluginLoadError(f"agent.py must define one subclass of BaseAgent; found: {names}")
     return found[0]
-
-
-def check_copyable(agent: BaseAgent) -> None:
-    """Raise TypeError for a class with a say in how it is copied: `Plugin.instance` copies."""
-    object.__new__(type(agent))
-    for kind in classes(agent):
-        for name in {"__slots__", "__copy__", "__deepcopy__", "__getstate__"} & vars(kind).keys():
-            if vars(kind)[name]:
-                raise TypeError(f"{kind.__name__} has {name}")
-
-
-def owned(agent: BaseAgent) -> dict[str, list[Any]]:
-    """Return what is in the containers of an agent, by attribute."""
-    return {name: contents(made) for name, made in containers(agent).items()}
-
-
-def same(before: Mapping[str, list[Any]], agent: BaseAgent) -> dict[str, Any]:
-    """Return the containers that hold the very objects that they held before `setup`."""
-    after = {name: [*map(id, found)] for name, found in owned(agent).items()}
-    return {n: found[0] for n, found in before.items() if [*map(id, found)] == after.get(n)}

@@ -6,7 +6,6 @@ key and, where none is set up, to this machine. Others see its type, file and li
 
 from __future__ import annotations
 
-import ipaddress
 from functools import partial
 from typing import Any
 
@@ -22,10 +21,11 @@ from kernel.metrics import Metrics
 from kernel.plugin import Plugin
 from kernel.registry import PluginRegistry
 
+CONFIG = ("arguments", "always", "priority", "models", "on_error", "exempt")  # keys that are shown
+
 
 def routes(registry: PluginRegistry, *, metrics: Metrics | None = None) -> list[Route]:
-    endpoint = partial(plugins, registry, metrics)
-    return [Route("/plugins", endpoint, methods=["GET"], name="plugins")]
+    return [Route("/plugins", partial(plugins, registry, metrics), methods=["GET"], name="plugins")]
 
 
 async def plugins(registry: PluginRegistry, metrics: Metrics | None, request: Request) -> Response:
@@ -37,32 +37,24 @@ async def plugins(registry: PluginRegistry, metrics: Metrics | None, request: Re
 
 def is_operator(scope: Scope) -> bool:
     """Tell whether a request has a key or, as no key is needed, comes from this machine."""
-    if info(scope).user:
-        return True
-    address = ipaddress.ip_address(scope["client"][0]) if scope["client"] else None
-    address = getattr(address, "ipv4_mapped", None) or address
-    return bool(address and address.is_loopback)
+    host = scope["client"][0] if scope["client"] else ""
+    mine = host == "::1" or host.removeprefix("::ffff:").startswith("127.")
+    return mine or bool(info(scope).user)
 
 
 def about(name: str, plugin: Plugin, metrics: Metrics | None, operator: bool) -> dict[str, Any]:
-    config, error = plugin.config, plugin.error
     shown: dict[str, Any] = {
         "name": name,
         "status": plugin.status,
         "description": plugin.description,
         "folder": str(plugin.folder),
-        "arguments": dict(config.arguments),
         "hooks": plugin.hooks,
-        "always": config.always,
-        "priority": config.priority,
-        "models": config.models,
-        "on_error": config.on_error,
-        "exempt": config.exempt,
         "progress": safe_text(lambda: getattr(plugin.agent, "progress", "")),
     }
+    shown |= {key: getattr(plugin.config, key) for key in CONFIG}
     if metrics:
         shown["counts"] = metrics.agent(plugin.name)
-    if error:
+    if error := plugin.error:
         shown["error"] = {"type": error.kind, "where": error.where}
         shown["error"] |= {"text": str(error)} if operator else {}
     return shown

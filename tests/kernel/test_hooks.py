@@ -6,7 +6,6 @@ import asyncio
 import logging
 import threading
 import time
-from collections.abc import Callable
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
@@ -15,28 +14,28 @@ from typing import Any
 
 import pytest
 
-from kernel.agent import Abort, BaseAgent, Clock, Reply
+from kernel.agent import Abort, BaseAgent, Reply
 from kernel.errors import Aborted, PluginExecutionError
-from kernel.hooks import Run, run_hook, text_only
+from kernel.hooks import HookRunner, Run, text_only
 from kernel.metrics import Metrics
 from kernel.plugin import AgentConfig, Plugin
 
 SECRET = "my password is hunter2"
 
 
-def run_of(agent: BaseAgent, limit: float = 5, **config: Any) -> Run:
+def run_of(hook: Any, limit: float = 5, **config: Any) -> Run:
+    """Return the run of an agent whose on_request is `hook`, a function or anything else."""
+    agent: BaseAgent = type("It", (BaseAgent,), {"on_request": hook})()
     vars(agent)["context"] = SimpleNamespace(request_id="r1")
     plugin = Plugin("it", Path(__file__).parent, AgentConfig(**config), hooks=("on_request",))
     return Run(plugin, agent, limit, Metrics())
 
 
-def agent_of(hook: Any) -> BaseAgent:
-    """Return an agent whose on_request is `hook`, a function or anything else."""
-    agent: BaseAgent = type("It", (BaseAgent,), {"on_request": hook})()
-    return agent
+async def called(run: Run) -> Any:
+    return await run.call("on_request", {}, accept=lambda result: result)
 
 
-def raises(exc: Callable[[], BaseException]) -> Any:
+def raises(exc: Any) -> Any:
     async def hook(self: Any, payload: Any) -> Any:
         raise exc()
 
@@ -85,10 +84,6 @@ class NoText(Reply):
     text = property(lambda self: 1 / 0, lambda self, value: None)
 
 
-def group() -> BaseException:
-    return BaseExceptionGroup("all", [asyncio.CancelledError(), SystemExit(), ValueError(SECRET)])
-
-
 def def_raises(exc: BaseException) -> Any:
     def hook(self: Any, payload: Any) -> Any:
         raise exc
@@ -114,32 +109,31 @@ async def waits_for_a_cancelled_task(self: Any, payload: Any) -> Any:
     await task
 
 
-def awaitable(self: Any, payload: Any) -> Any:
-    async def fails() -> Any:
-        raise ValueError(SECRET)
-
-    return fails()
-
-
+EXCEPTIONS: list[Any] = [
+    *(ValueError, BaseException, GeneratorExit, KeyboardInterrupt, SystemExit, StopIteration),
+    *(StopAsyncIteration, asyncio.CancelledError, False_),
+]
+REFUSALS: list[Any] = [
+    *((450.5, "x"), (200, "x"), (True, "x"), ("403", "x"), (403, None), (), (403, "x", 7)),
+    *(
+        (403, "x", {"a": "b\r\nc: d"}),
+        (403, "x", {"Content-Length": "0"}),
+        (403, "x", {"a b": "c"}),
+    ),
+]
 FAILURES: dict[str, Any] = {
-    **{
-        kind.__name__: raises(partial(kind, SECRET))
-        for kind in (ValueError, BaseException, GeneratorExit, KeyboardInterrupt, SystemExit)
-    },
-    "StopIteration": raises(lambda: StopIteration(SECRET)),
-    "StopAsyncIteration": raises(StopAsyncIteration),
-    "CancelledError": raises(asyncio.CancelledError),
-    "a group": raises(group),
+    **{kind.__name__: raises(partial(kind, SECRET)) for kind in EXCEPTIONS},
+    **{f"def: {kind.__name__}": def_raises(kind(SECRET)) for kind in EXCEPTIONS},
+    **{f"Abort{values}": raises(partial(Abort, *values)) for values in REFUSALS},
+    "Reply(42)": raises(partial(Reply, 42)),  # type: ignore[arg-type]
+    "Reply(bytes)": raises(partial(Reply, b"x")),  # type: ignore[arg-type]
+    "Reply without text": raises(lambda: NoText("x")),
+    "a group": raises(lambda: BaseExceptionGroup("all", [SystemExit(), ValueError(SECRET)])),
     "no text": raises(Mute),
     "no name": raises(Anonymous),
-    "a false one": raises(False_),
     "a lying one": raises(Lying),
     "a lying one of ours": raises(OneOfOurs),
-    "def: a false one": def_raises(False_()),
-    "def: StopIteration": def_raises(StopIteration(SECRET)),
-    "def: CancelledError": def_raises(asyncio.CancelledError()),
-    "def: SystemExit": def_raises(SystemExit(SECRET)),
-    "def: an awaitable that fails": awaitable,
+    "def: an awaitable that fails": lambda self, payload: raises(ValueError)(self, payload),
     "cancels itself": cancels_itself,
     "cancels itself and waits": cancels_and_waits,
     "waits for a cancelled task": waits_for_a_cancelled_task,
@@ -147,19 +141,6 @@ FAILURES: dict[str, Any] = {
     "a property that exits": property(lambda self: exit(SECRET)),
     "no function": 5,
     "None": None,
-    "Reply(42)": raises(lambda: Reply(42)),  # type: ignore[arg-type]
-    "Reply(bytes)": raises(lambda: Reply(b"x")),  # type: ignore[arg-type]
-    "Reply without text": raises(lambda: NoText("x")),
-    "Abort(450.5)": raises(lambda: Abort(450.5, "x")),  # type: ignore[arg-type]
-    "Abort(200)": raises(lambda: Abort(200, "x")),
-    "Abort(True)": raises(lambda: Abort(True, "x")),
-    "Abort('403')": raises(lambda: Abort("403", "x")),  # type: ignore[arg-type]
-    "Abort without why": raises(lambda: Abort(403, None)),  # type: ignore[arg-type]
-    "Abort without arguments": raises(lambda: Abort()),  # type: ignore[call-arg]
-    "Abort with a line in a header": raises(lambda: Abort(403, "x", {"a": "b\r\nc: d"})),
-    "Abort with a framing header": raises(lambda: Abort(403, "x", {"Content-Length": "0"})),
-    "Abort with a strange name": raises(lambda: Abort(403, "x", {"a b": "c"})),
-    "Abort with no headers": raises(lambda: Abort(403, "x", 7)),  # type: ignore[arg-type]
 }
 
 
@@ -168,10 +149,10 @@ async def test_whatever_a_hook_does_is_a_soft_failure_whose_text_is_not_logged(
     name: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     for on_error, kind in (("skip", PluginExecutionError), ("abort", Aborted)):
-        run = run_of(agent_of(FAILURES[name]), on_error=on_error)
+        run = run_of(FAILURES[name], on_error=on_error)
 
         with pytest.raises(kind) as caught:
-            await run.call("on_request", {}, accept=lambda result: result)
+            await called(run)
 
         assert (run.outcome, run.due) == ("error", False)
         assert "hunter2" not in str(caught.value)
@@ -183,9 +164,8 @@ async def test_a_failure_is_logged_with_type_and_place_and_its_text_at_debug_onl
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     hook = raises(lambda: ValueError(SECRET))
-    with caplog.at_level(logging.DEBUG, "kernel.hooks"):
-        with pytest.raises(PluginExecutionError):
-            await run_of(agent_of(hook)).call("on_request", {}, accept=text_only)
+    with caplog.at_level(logging.DEBUG, "kernel.hooks"), pytest.raises(PluginExecutionError):
+        await called(run_of(hook))
 
     fields = {record.levelname: vars(record)["fields"] for record in caplog.records}
     line = hook.__code__.co_firstlineno + 1
@@ -219,10 +199,7 @@ class List(list[Any]):
 
 COPIES: dict[str, tuple[Any, Any]] = {
     "text": (Text("x"), "x"),
-    "nested": (
-        Table(a=Table(b=List([Text("c"), (1, True, None)]))),
-        {"a": {"b": ["c", [1, True, None]]}},
-    ),
+    "nested": (Table(a=List([Text("c"), (1, True, None)])), {"a": ["c", [1, True, None]]}),
     "key": ({Text("k"): List()}, {"k": []}),
 }
 
@@ -231,34 +208,35 @@ COPIES: dict[str, tuple[Any, Any]] = {
 async def test_a_result_is_copied_to_the_built_in_types(name: str) -> None:
     result, copy = COPIES[name]
 
-    got = await run_of(agent_of(returns(result))).call("on_request", {}, accept=lambda got: got)
+    got = await called(run_of(returns(result)))
 
     assert repr(got) == repr(copy)
 
 
-@pytest.mark.parametrize("form", ["async def", "def", "def that returns an awaitable"])
-async def test_a_hook_may_have_any_form(form: str) -> None:
-    hooks: dict[str, Any] = {
-        "async def": returns("x"),
-        "def": lambda self, payload: "x",
-        "def that returns an awaitable": lambda self, payload: asyncio.sleep(0, "x"),
-    }
-    run = run_of(agent_of(hooks[form]))
+FORMS: dict[str, Any] = {
+    "async def": returns("x"),
+    "def": lambda self, payload: "x",
+    "def that returns an awaitable": lambda self, payload: asyncio.sleep(0, "x"),
+}
 
-    assert await run.call("on_request", {}, accept=text_only) == "x"
+
+@pytest.mark.parametrize("form", FORMS)
+async def test_a_hook_may_have_any_form(form: str) -> None:
+    run = run_of(FORMS[form])
+
+    assert await called(run) == "x"
     assert run.outcome == "ok" and run.seconds > 0
 
 
 async def test_a_reply_and_a_refusal_come_with_plain_values() -> None:
-    replies = run_of(agent_of(raises(lambda: Reply(Text("x")))))
-    refuses = run_of(
-        agent_of(raises(lambda: Abort(429, Text("why"), {"Retry-After": 5})))  # type: ignore[dict-item]
-    )
+    replies = run_of(raises(lambda: Reply(Text("x"))))
+    headers: Any = {"Retry-After": 5}
+    refuses = run_of(raises(lambda: Abort(429, Text("why"), headers)))
 
     with pytest.raises(Reply) as reply:
-        await replies.call("on_request", {}, accept=text_only)
+        await called(replies)
     with pytest.raises(Aborted) as refusal:
-        await refuses.call("on_request", {}, accept=text_only)
+        await called(refuses)
 
     assert type(reply.value.text) is str and replies.outcome == "reply"
     assert (refusal.value.status, str(refusal.value)) == (429, "why")
@@ -266,7 +244,7 @@ async def test_a_reply_and_a_refusal_come_with_plain_values() -> None:
 
 
 async def test_a_reply_where_none_is_possible_is_a_failure() -> None:
-    run = run_of(agent_of(raises(lambda: Reply("x"))))
+    run = run_of(raises(lambda: Reply("x")))
 
     with pytest.raises(PluginExecutionError):
         await run.call("on_request", {}, accept=text_only, may_reply=False)
@@ -285,11 +263,11 @@ async def pieces(*given: Any) -> Any:
 @pytest.mark.parametrize("end", [None, ValueError(SECRET), SystemExit(), Reply("x"), 7])
 async def test_a_streamed_reply_is_checked_piece_by_piece(end: Any) -> None:
     given = ["a", Text("b"), *([] if end is None else [end])]
-    run = run_of(agent_of(raises(lambda: Reply(pieces(*given)))))
+    run = run_of(raises(lambda: Reply(pieces(*given))))
     got = []
 
     with pytest.raises(Reply) as reply:
-        await run.call("on_request", {}, accept=text_only)
+        await called(run)
     try:
         async for piece in reply.value.text:  # type: ignore[union-attr]
             got.append(piece)
@@ -325,10 +303,10 @@ async def blocks_later(self: Any, payload: Any) -> Any:
 
 @pytest.mark.parametrize("hook", [hangs, swallows, blocks_a_thread, blocks, blocks_later])
 async def test_a_hook_that_takes_too_long_is_left_behind(hook: Any) -> None:
-    run = run_of(agent_of(hook), limit=0.05)
+    run = run_of(hook, limit=0.05)
 
     with pytest.raises(PluginExecutionError, match=r"took longer than 0\.05 seconds"):
-        await run.call("on_request", {}, accept=lambda result: result)
+        await called(run)
 
     assert run.outcome == "timeout"
 
@@ -339,7 +317,7 @@ async def test_the_clock_stands_still_while_it_is_paused() -> None:
             await asyncio.sleep(0.15)
         return "x"
 
-    assert await run_of(agent_of(hook), limit=0.1).call("on_request", {}, accept=text_only) == "x"
+    assert await called(run_of(hook, limit=0.1)) == "x"
 
 
 async def test_a_def_hook_gets_one_of_two_places_and_its_clock_starts_there() -> None:
@@ -349,13 +327,14 @@ async def test_a_def_hook_gets_one_of_two_places_and_its_clock_starts_there() ->
     def hook() -> None:
         inside[0] += 1
         counts.append(inside[0])
+        number = len(counts)
         go.wait(5)
-        if len(counts) == 3:
+        if number == 3:
             time.sleep(0.5)  # too late for a clock that ran while it waited for its place
         inside[0] -= 1
 
     async def one() -> None:
-        await run_hook(plugin, lambda: hook, clock=Clock(0.8), accept=lambda result: None)
+        await HookRunner(plugin, 0.8).run(SimpleNamespace(hook=hook), "hook")
 
     hooks = [asyncio.create_task(one()) for _ in range(3)]
     await asyncio.sleep(0.5)  # most of the time of each is over
@@ -376,8 +355,8 @@ async def test_a_request_that_is_cancelled_stays_so_and_its_hook_is_cancelled_to
         finally:
             seen.append("cancelled")
 
-    run = run_of(agent_of(hook))
-    request = asyncio.create_task(run.call("on_request", {}, accept=text_only))
+    run = run_of(hook)
+    request = asyncio.create_task(called(run))
     await started.wait()
     request.cancel()
 
@@ -400,9 +379,9 @@ async def test_what_was_done_before_leaves_before_a_hook_is_waited_for(waits: bo
     async def flush() -> None:
         order.append("flush")
 
-    run = run_of(agent_of(hook))
+    run = run_of(hook)
     run.waiting = flush
-    await run.call("on_request", {}, accept=text_only)
+    await called(run)
 
     assert order == (["flush", "hook"] if waits else ["hook"])
 
@@ -412,10 +391,6 @@ async def test_a_hook_cannot_take_its_context_away_from_the_next_one() -> None:
         self.context = None
         return "x"
 
-    run = run_of(agent_of(hook))
+    run = run_of(hook)
 
-    assert [await run.call("on_request", {}, accept=text_only) for _ in range(2)] == ["x", "x"]
-
-
-async def test_an_agent_that_never_ran_has_no_outcome() -> None:
-    assert run_of(BaseAgent()).outcome == ""
+    assert [await called(run) for _ in range(2)] == ["x", "x"]

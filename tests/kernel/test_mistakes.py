@@ -41,6 +41,7 @@ LOADS = [
     (AGENT + "X = json.loads('1')", "NameError", "is `import json` missing?"),
     (AGENT + "import nowhere", "ModuleNotFoundError", "-m pip install nowhere"),
     (AGENT + "import nowhere.deep", "ModuleNotFoundError", "-m pip install nowhere"),
+    (AGENT + "import sklearn", "ModuleNotFoundError", "-m pip install scikit-learn"),
     (AGENT + "from helper import X", "ModuleNotFoundError", "from .helper import"),
     (AGENT + "import helper", "ModuleNotFoundError", "with a dot: from .helper"),
     (AGENT + "from parts.deep import X", "ModuleNotFoundError", "from .parts import"),

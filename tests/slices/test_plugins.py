@@ -82,6 +82,16 @@ async def test_the_progress_of_setup_is_shown_whatever_it_is(
 
 
 FAILS = "class It(BaseAgent):\n    def setup(self):\n        raise ValueError('sesame')"
+ASKS = """
+class Asks(BaseAgent):
+    async def on_request(self, payload):
+        await self.context.chat([{"role": "user", "content": "inner"}])
+"""
+GUARD = """
+class Guard(BaseAgent):
+    async def on_request(self, payload):
+        return {"x": 1 / 0} if prompt(payload) == "inner" else payload
+"""
 WRONG = "class A(BaseAgent):\n    def on_request(self, payload): 1 / 0"
 
 
@@ -140,3 +150,15 @@ async def test_what_an_agent_did_is_counted(demo_url: str, plugins: Path) -> Non
 
     assert agents["note"]["counts"] == {"activated": 2, "failures": 0}
     assert agents["wrong"]["counts"] == {"activated": 1, "failures": 1}
+
+
+async def test_what_a_guard_does_with_the_questions_of_agents_is_counted_too(
+    demo_url: str, plugins: Path
+) -> None:
+    write_agent(plugins, "asks", ASKS)
+    write_agent(plugins, "guard", GUARD, always=True, on_error="abort")
+
+    agents = await listed(demo_url, plugins, "/asks x")
+
+    assert agents["guard"]["counts"] == {"activated": 2, "failures": 1}
+    assert agents["asks"]["counts"] == {"activated": 1, "failures": 1}
