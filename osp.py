@@ -45,9 +45,8 @@ from starlette.types import ASGIApp
 import demo
 from kernel import log
 from kernel.access import Access, is_loopback
-from kernel.address import parse_upstream
 from kernel.client import OllamaClient
-from kernel.config import HOME, Config, load
+from kernel.config import HOME, Config, load, parse_upstream
 from kernel.errors import ConfigError, UpstreamError
 from kernel.guards import Guards
 from kernel.metrics import Metrics
@@ -137,7 +136,7 @@ async def serve(config: Config, flags: Namespace, listener: socket, write: log.W
         config = replace(config, upstream=replace(config.upstream, url=url))
         registry, loopback = create_registry(config, os.environ), is_loopback(listener)
         app = create_app(config, registry, loopback=loopback, write=write)
-        say("settings", file=str(settings_file(flags.config) or "none"))
+        say("settings", file=str(flags.config or "none"))
         say("listening", url=url_of(listener))
         grace = math.ceil(config.server.shutdown)
         settings = uvicorn.Config(app, timeout_graceful_shutdown=grace, **SETTINGS)
@@ -147,7 +146,8 @@ async def serve(config: Config, flags: Namespace, listener: socket, write: log.W
 def parse_flags() -> Namespace:
     parser = ArgumentParser(description="Agents for Ollama. For their authors: testkit.py --help")
     add, either = parser.add_argument, parser.add_mutually_exclusive_group().add_argument
-    add("--config", type=Path, help="a settings file (default: osp.toml beside osp.py)")
+    file = next(HOME.glob("osp.toml"), None)
+    add("--config", type=Path, default=file, help="settings (default: osp.toml beside osp.py)")
     add("--host", help="the address to listen on (default: 127.0.0.1)")
     add("--port", help="the port to listen on (default: 11435)")
     add("--reload", action="store_true", help="start again whenever an agent or a setting changes")
@@ -157,23 +157,16 @@ def parse_flags() -> Namespace:
     return parser.parse_args()
 
 
-def settings_file(config: Path | None) -> Path | None:
-    return config or next(HOME.glob("osp.toml"), None)
-
-
 def run(sockets: list[socket] | None) -> None:
     """Listen and serve; with --reload, another process serves. Raises ConfigError."""
     flags = parse_flags()
-    if flags.demo is not None and not 0 <= flags.demo < 1e6:
-        raise ConfigError(f"--demo: {flags.demo} is no time between two words, in seconds")
     given = {"--host": flags.host, "--port": flags.port, "--upstream": flags.upstream}
-    overrides = {name: text for name, text in given.items() if text is not None}
-    config = load(settings_file(flags.config), os.environ, overrides)
+    config = load(flags.config, os.environ, given)
     write = log.configure(config.log.level, config.log.format)
     listener = sockets[0] if sockets else listen(config.server.host, config.server.port)
     if flags.reload and not sockets:
-        ours = [HOME / "osp.py", HOME / "demo.py", HOME / "kernel", HOME / "slices"]
-        watched = [*ours, settings_file(flags.config) or HOME / "osp.toml", *config.plugins.dirs]
+        ours = [HOME / name for name in ("osp.py", "demo.py", "kernel", "slices", "osp.toml")]
+        watched = [*ours, *filter(None, [flags.config]), *config.plugins.dirs]
         return Reloader(main, listener, watched).run()
     if sockets and hasattr(signal, "pthread_sigmask"):
         # A terminal sends Ctrl-C to both processes; the supervisor then sends SIGTERM to this one.

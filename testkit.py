@@ -19,8 +19,8 @@ import re
 import shutil
 import sys
 import tempfile
-from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
-from contextlib import asynccontextmanager, contextmanager, suppress
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from difflib import get_close_matches
 from functools import partial
@@ -38,15 +38,14 @@ from starlette.responses import Response
 from starlette.routing import Route
 
 import demo
-from kernel.address import parse_upstream
 from kernel.agent import BaseAgent
 from kernel.client import OllamaClient
-from kernel.config import HOME, AccessConfig, Config, PluginsConfig, UpstreamConfig, load
+from kernel.config import HOME, AccessConfig, Config, PluginsConfig, load, parse_upstream
 from kernel.dialects import Dialect, dumps
 from kernel.dialects.every import DIALECTS
 from kernel.errors import ConfigError
-from kernel.plugin import NAME, RESERVED, Plugin, classes, scan
-from kernel.registry import HOOKS, PluginRegistry
+from kernel.plugin import NAME, RESERVED, Plugin, scan
+from kernel.registry import HOOKS
 from kernel.server import SETTINGS
 
 Messages = list[dict[str, Any]]
@@ -55,7 +54,7 @@ Chat = dict[str, Any]  # the body of a request
 Pairs = Mapping[str, str]
 
 SAMPLE = HOME / "examples" / "sample_agent"  # what a new agent begins as
-MARK = "x-testkit"  # the header in which each request has its number
+MARK = "x-testkit"  # a header of the requests that no agent makes
 UNSHOWN = ("request_id", "agent", "seconds")  # log fields that `check` does not print
 FORBIDDEN = re.compile(
     r"\s*(from|import)\s+(?!kernel\.agent\b|kernel import agent$)"
@@ -110,46 +109,53 @@ def ask(
     messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
     request = {"messages": messages, **(fields or {})}
     keys = {"x-api-key": user} if user else {}
-    with tempfile.TemporaryDirectory() as data:
+    with complaints() as records, tempfile.TemporaryDirectory() as data:
         if data_dir:
             data_dir.mkdir(parents=True, exist_ok=True)
             os.symlink(data_dir.resolve(), Path(data, name))
-        return asyncio.run(asked(config, model, Path(data), request, {**keys, **(headers or {})}))
-
-
-async def asked(
-    config: Config, model: Model, data: Path, request: Chat, headers: Pairs
-) -> Answered:
-    with complaints() as records:
-        async with trial(config, model, data) as trying:
-            answers, problem = await trying.compared(request, headers)
+        sent = {**keys, **(headers or {})}
+        *_, answers, problem = asyncio.run(trial(config, model, Path(data), {}, request, sent))
     assert not records, "\n".join(described(records))
     assert not problem, problem
     return answers[0]
 
 
-@asynccontextmanager
 async def trial(
-    config: Config, model: Model, data: Path, environ: Pairs | None = None
-) -> AsyncIterator[Trial]:
-    """Run the proxy before a scripted model. Raises ConfigError."""
-    script = Script(model)
-    async with demo.serve(script.app) as upstream:
-        server = replace(config.server, data=data, host="127.0.0.1")
-        config = replace(config, server=server, upstream=UpstreamConfig(url=upstream))
-        registry = osp.create_registry(config, environ or {})
+    config: Config, model: Model, data: Path, environ: Pairs, request: Chat, headers: Pairs
+) -> tuple[Plugin, BaseAgent | None, list[Answered], str]:
+    """Run one agent before a scripted model, and ask in all ways. Raises ConfigError."""
+    trying = Trial(model)
+    async with demo.serve(trying.upstream) as url:
+        server, upstream = replace(config.server, data=data), replace(config.upstream, url=url)
+        config = replace(config, server=server, upstream=upstream)
+        registry = osp.create_registry(config, environ)
         async with demo.serve(osp.create_app(config, registry), **SETTINGS) as url:
-            async with OllamaClient(parse_upstream(url), 5.0) as client:
-                yield Trial(client, registry, script)
+            async with OllamaClient(parse_upstream(url), 5.0) as trying.client:
+                plugin = registry.plugins[config.plugins.only[0]]
+                return plugin, plugin.agent, *await trying.compared(request, headers)
 
 
-@dataclass(frozen=True, slots=True)
 class Trial:
-    """A running proxy, and the ways of asking it. `request` is a chat in Ollama's dialect."""
+    """A stand-in for Ollama, whose model says what it is told to say, and a proxy before it.
+
+    A `request` is a chat in Ollama's dialect.
+    """
 
     client: OllamaClient
-    registry: PluginRegistry
-    script: Script
+
+    def __init__(self, model: Model) -> None:
+        self.model = model
+        self.sent: Chat = {}  # what the request became, if the proxy did not answer it itself
+        chats = [Route(d.path, partial(self.chat, d), methods=["POST"]) for d in DIALECTS]
+        self.upstream = Starlette(routes=[Route("/api/embed", embed, methods=["POST"]), *chats])
+
+    async def chat(self, dialect: Dialect, request: Request) -> Response:
+        payload = await request.json()
+        if MARK in request.headers:
+            self.sent = payload
+        messages = dialect.read(payload)["messages"]
+        text = self.model if isinstance(self.model, str) else self.model(messages)
+        return answer_of(dialect, payload, text)
 
     async def compared(self, request: Chat, headers: Pairs) -> tuple[list[Answered], str]:
         """Ask in all ways; return the answers, and how they differ ("": they do not).
@@ -159,12 +165,11 @@ class Trial:
         """
         answers = await self.in_all_ways(request, headers)
         texts = {way: answer.text for way, answer in answers.items()}
-        problem = ""
         if len({*texts.values()}) > 1:
             again = await self.in_all_ways(request, headers)
-            stable = {way: text for way, text in texts.items() if text == again[way].text}
-            if len({*stable.values()}) > 1:
-                problem = f"the answer depends on the way of asking: {stable}"
+            texts = {way: text for way, text in texts.items() if text == again[way].text}
+        differ = len({*texts.values()}) > 1
+        problem = f"the answer depends on the way of asking: {texts}" if differ else ""
         return [*answers.values()], problem
 
     async def in_all_ways(self, request: Chat, headers: Pairs) -> dict[str, Answered]:
@@ -180,17 +185,20 @@ class Trial:
         return answers
 
     async def one(self, dialect: Dialect, body: bytes, headers: Pairs) -> Answered:
-        number = str(len(self.script.payloads))
-        self.script.payloads[number] = {}
-        headers = {"content-type": "application/json", **headers, MARK: number}
+        self.sent = {}
+        headers = {"content-type": "application/json", **headers, MARK: "1"}
         pairs = [(name.lower().encode(), value.encode()) for name, value in headers.items()]
         answer = await self.client.forward("POST", dialect.path.encode(), pairs, body)
         text = text_of(dialect, b"".join([chunk async for chunk in answer]))
         summary = answer.header(b"x-osp-agents").decode()
         outcomes = ", ".join(part.rpartition(";")[0] for part in summary.split(", "))
-        payload = self.script.payloads[number]
-        sent = dialect.read(payload)["messages"] if payload else []
-        return Answered(text, answer.status, outcomes, sent, payload)
+        messages = dialect.read(self.sent)["messages"] if self.sent else []
+        return Answered(text, answer.status, outcomes, messages, self.sent)
+
+
+async def embed(request: Request) -> Response:
+    texts = (await request.json())["input"]  # the proxy sends a list
+    return Response(dumps({"embeddings": [demo.vector(text) for text in texts]}))
 
 
 def body_of(dialect: Dialect, request: Chat) -> bytes:
@@ -222,28 +230,6 @@ def answer_of(dialect: Dialect, payload: Chat, text: str) -> Response:
     return Response(b"".join([*frames, dialect.done()]), media_type=dialect.stream_type.decode())
 
 
-class Script:
-    """A stand-in for Ollama whose model says what it is told to say."""
-
-    def __init__(self, model: Model) -> None:
-        self.model = model
-        self.payloads: dict[str, Chat] = {}  # by their mark; what agents ask themselves has none
-        chats = [Route(d.path, partial(self.chat, d), methods=["POST"]) for d in DIALECTS]
-        self.app = Starlette(routes=[Route("/api/embed", self.embed, methods=["POST"]), *chats])
-
-    async def embed(self, request: Request) -> Response:
-        texts = (await request.json())["input"]  # the proxy sends a list
-        return Response(dumps({"embeddings": [demo.vector(text) for text in texts]}))
-
-    async def chat(self, dialect: Dialect, request: Request) -> Response:
-        payload = await request.json()
-        if MARK in request.headers:
-            self.payloads[request.headers[MARK]] = payload
-        messages = dialect.read(payload)["messages"]
-        text = self.model if isinstance(self.model, str) else self.model(messages)
-        return answer_of(dialect, payload, text)
-
-
 @contextmanager
 def complaints() -> Iterator[list[logging.LogRecord]]:
     """Collect what is logged as a warning inside the block."""
@@ -259,12 +245,12 @@ def complaints() -> Iterator[list[logging.LogRecord]]:
 
 def described(records: Sequence[logging.LogRecord]) -> list[str]:
     """Return each different complaint once."""
-    found = []
+    found = {}
     for record in records:
-        fields = {k: v for k, v in vars(record).get("fields", {}).items() if k not in UNSHOWN}
-        details = ", ".join(f"{key}: {value}" for key, value in fields.items())
-        found.append(f"{record.getMessage()} ({details})")
-    return [*dict.fromkeys(found)]
+        fields = vars(record).get("fields", {}).items()
+        details = ", ".join(f"{key}: {value}" for key, value in fields if key not in UNSHOWN)
+        found[f"{record.getMessage()} ({details})"] = record
+    return [*found]
 
 
 # python testkit.py check
@@ -286,9 +272,9 @@ async def check(config: Config, environ: Pairs, data: Path | None, prompt: str |
             failures, warnings = await tried(plugin, alone, environ, Path(copy), prompt)
         good = "ok" if plugin.config.enabled else "disabled"
         verdict = "FAILED" if failures else "warning" if warnings else good
-        lines = [f"{verdict:9}{name}", *(f"         {each}" for each in failures + warnings)]
-        sys.stdout.write("\n".join(lines) + "\n")
-        status = status or int(bool(failures))
+        found = "".join(f"         {each}\n" for each in failures + warnings)
+        sys.stdout.write(f"{verdict:9}{name}\n{found}")
+        status |= bool(failures)
     return status
 
 
@@ -296,45 +282,44 @@ async def tried(
     plugin: Plugin, alone: Config, environ: Pairs, data: Path, prompt: str | None
 ) -> tuple[list[str], list[str]]:
     """Return what is wrong with an agent, and what may be wrong."""
-    failures, warnings = list[str](), list[str]()
     request: Chat = {"messages": [{"role": "user", "content": prompt or "what is one?"}]}
+    header = {"x-osp-agents": f"/{plugin.name}"}
     with complaints() as records:
-        if plugin.config.enabled and not plugin.error:
-            async with trial(alone, SAYS, data, environ) as trying:
-                plugin = trying.registry.plugins[plugin.name]
-                if plugin.agent:
-                    failures, warnings = forbidden_imports(plugin.folder), doubtful_hooks(plugin)
-                    header = {"x-osp-agents": f"/{plugin.name}"}
-                    answers, problem = await trying.compared(request, header)
-                    empty = plugin.responds and any(a.payload and not a.text for a in answers)
-                    failures += [problem] * bool(problem) + [SWALLOWED] * empty
+        if not plugin.error:
+            found = await trial(alone, SAYS, data, environ, request, header)
+            plugin, agent, answers, problem = found
     if error := plugin.error:
         return [f"{error.kind}: {error} ({error.where})"], []
-    for problem in described(records):
-        (failures if problem.startswith("agent failed") else warnings).append(problem)
+    if not agent:  # disabled
+        return [], []
+    failures = forbidden_imports(plugin.folder) + [problem] * bool(problem)
+    if plugin.responds and any(answer.payload and not answer.text for answer in answers):
+        failures.append(SWALLOWED)
+    warnings = doubtful_hooks(agent)
+    for complaint in described(records):
+        (failures if complaint.startswith("agent failed") else warnings).append(complaint)
     return failures, warnings
 
 
 def forbidden_imports(folder: Path) -> list[str]:
     """Return the lines by which an agent would depend on more than its contract."""
-    found = []
-    for file in sorted(folder.rglob("*.py")):
-        if not file.name.startswith("test_") and file.parent.name != "bench":
-            lines = enumerate(file.read_text(encoding="utf-8").splitlines(), 1)
-            wrong = [(number, line.strip()) for number, line in lines if FORBIDDEN.match(line)]
-            found += [f"{file}:{number}: {line}: {ONLY_AGENT}" for number, line in wrong]
-    return found
+    files = [file for file in sorted(folder.rglob("*.py")) if not file.name.startswith("test_")]
+    return [
+        f"{file}:{number}: {line.strip()}: {ONLY_AGENT}"
+        for file in files
+        for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), 1)
+        if FORBIDDEN.match(line) and file.parent.name != "bench"
+    ]
 
 
-def doubtful_hooks(plugin: Plugin) -> list[str]:
+def doubtful_hooks(agent: BaseAgent) -> list[str]:
     """Return the methods that are nearly hooks, or that there are no hooks."""
-    assert plugin.agent
-    hooks = [*HOOKS, "setup", "teardown"]
-    names = {name: None for kind in classes(plugin.agent) for name in vars(kind)}
-    own = [name for name in names if name[0] != "_" and not hasattr(BaseAgent, name)]
+    kind, hooks = type(agent), [*HOOKS, "setup", "teardown"]
+    own = [name for name in dir(kind) if name[0] != "_" and not hasattr(BaseAgent, name)]
     near = [n for n in own if n.startswith("on_") or get_close_matches(n.lower(), hooks, 1, 0.8)]
     found = [f"{name} is no hook; hooks are {', '.join(hooks)}" for name in near]
-    return found + ["it has no hook: it changes nothing"] * (not plugin.hooks)
+    idle = all(getattr(kind, hook) is getattr(BaseAgent, hook) for hook in HOOKS)
+    return found + ["it has no hook: it changes nothing"] * idle
 
 
 # python testkit.py new NAME
@@ -364,12 +349,13 @@ def main() -> int:
     parser = argparse.ArgumentParser("testkit.py", description="For authors of agents.")
     parser.add_argument("command", choices=("check", "new"), help="try all agents, or begin one")
     parser.add_argument("text", nargs="?", help="check: a prompt to try; new: the command's name")
-    parser.add_argument("--config", type=Path, help="a settings file (default: osp.toml)")
+    file = next(HOME.glob("osp.toml"), None)
+    parser.add_argument("--config", type=Path, default=file, help="settings (default: osp.toml)")
     parser.add_argument("--data", type=Path, help="check: agents get copies of the folders in it")
     flags = parser.parse_args()
     sys.dont_write_bytecode = True
     try:
-        config = load(osp.settings_file(flags.config), os.environ, {})
+        config = load(flags.config, os.environ, {})
         if flags.command == "check":
             return asyncio.run(check(config, os.environ, flags.data, flags.text))
         return new_agent(flags.text or "", config)

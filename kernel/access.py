@@ -22,22 +22,19 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from kernel.config import AccessConfig
 from kernel.errors import NotAllowed
-from kernel.log import Headers, RequestInfo, info
+from kernel.log import SECRETS, RequestInfo, info
 from kernel.relay import refuse, respond
 
-PRIVATE = [
-    ipaddress.ip_network(net)  # what Go's IsPrivate means; Python's is_private means more
-    for net in ("10.0.0.0/8", "172.16.0.0/12", "192.168.0.0/16", "fc00::/7")
-]
-ORIGINS = [  # envconfig.AllowedOrigins in Ollama's sources
-    *(f"{scheme}://{host}{port}" for scheme in ("http", "https")
-      for host in ("localhost", "127.0.0.1", "0.0.0.0") for port in ("", ":*")),
-    "app://*", "file://*", "tauri://*", "vscode-webview://*", "vscode-file://*",
-]  # fmt: skip
+# What Go calls loopback, unspecified or private; Python's is_private means more
+NEAR = "127.0.0.0/8 ::1 0.0.0.0 :: 10.0.0.0/8 172.16.0.0/12 192.168.0.0/16 fc00::/7"
+NETWORKS = [*map(ipaddress.ip_network, NEAR.split())]
+ORIGINS = (  # envconfig.AllowedOrigins in Ollama's sources
+    r"https?://(localhost|127\.0\.0\.1|0\.0\.0\.0)(:.*)?"
+    r"|(app|file|tauri|vscode-webview|vscode-file)://.*"
+)
 LONGEST = 300  # bytes of an origin that is copied into an answer: a name has 253 at most
 # As Go's net.SplitHostPort does it: [::1] without a port stays as it is, and then is no address.
 SPLIT = re.compile(r"\[([^\[\]]*)\]:[^:\[\]]*|([^:\[\]]*):[^:\[\]]*")
-SECRETS = (b"authorization", b"x-api-key")
 
 
 class Access:
@@ -56,8 +53,8 @@ class Access:
         self.names = {"", "localhost", socket.gethostname().lower()}
         self.names.update(map(str.lower, access.hosts))
         # Only * is a wildcard; fnmatch would read [::1] as a character class.
-        likes = (re.escape(origin).replace(r"\*", ".*") for origin in (*ORIGINS, *access.origins))
-        self.origins = re.compile("|".join(likes))
+        likes = [re.escape(origin).replace(r"\*", ".*") for origin in access.origins]
+        self.origins = re.compile("|".join([ORIGINS, *likes]))
 
     def __call__(self, scope: Scope, receive: Receive, send: Send) -> Awaitable[None]:
         if scope["type"] == "http":
@@ -73,28 +70,29 @@ class Access:
         """Raise NotAllowed, with no text where Ollama's answer has no body."""
         own = scope["path"] in self.own
         if self.loopback or own:
-            self.check_host(host_name(known.host), own)
+            self.check_host(known.host, own)
         for origin in known.origins:
-            self.check_origin(origin.decode("latin-1"), known, own)
+            self.check_origin(origin, known, own)
         if self.access.deny:
             self.check_path(scope["path"])
         if self.access.keys:
             self.check_key(scope, known)
 
-    def check_host(self, name: str, own: bool) -> None:
-        if name in self.names or name.endswith((".localhost", ".local", ".internal")):
+    def check_host(self, host: str, own: bool) -> None:
+        name, near = read_host(host)
+        if near or name in self.names or name.endswith((".localhost", ".local", ".internal")):
             return
-        if not is_near(name):
+        if not is_mine(name):
             cure = f'{name} is not allowed here: access.hosts = ["{name}"] allows it'
             raise NotAllowed(cure if own else "")
 
-    def check_origin(self, origin: str, known: RequestInfo, own: bool) -> None:
+    def check_origin(self, origin: bytes, known: RequestInfo, own: bool) -> None:
         """Leave in `known` what the origin may do."""
-        if origin in (f"http://{known.host}", f"https://{known.host}"):
+        text = origin.decode("latin-1")
+        if text in (f"http://{known.host}", f"https://{known.host}"):
             return
-        if len(origin) <= LONGEST and self.origins.fullmatch(origin):
-            allow = (b"access-control-allow-origin", origin.encode("latin-1"))
-            known.cors = [allow, (b"vary", b"Origin")]
+        if len(text) <= LONGEST and self.origins.fullmatch(text):
+            known.cors = [(b"access-control-allow-origin", origin), (b"vary", b"Origin")]
         elif own:
             raise NotAllowed
         else:
@@ -104,65 +102,48 @@ class Access:
         # Ollama's router unescapes, and cleans what has // or .. in it
         clean = posixpath.normpath("/" + unquote(path).lstrip("/"))
         for closed in self.access.deny:
-            if clean == closed or clean.startswith(closed.rstrip("/") + "/"):
+            if f"{clean}/".startswith(closed.rstrip("/") + "/"):
                 raise NotAllowed(f"{closed} is closed here")
 
     def check_key(self, scope: Scope, known: RequestInfo) -> None:
-        """Take the key out of the headers, so that it goes no further; NotAllowed without one."""
-        headers = scope["headers"]
-        if scope["method"] == "OPTIONS" and values(headers, b"access-control-request-method"):
+        """Take the key out of the headers that go upstream; raise NotAllowed without one."""
+        if scope["method"] == "OPTIONS" and b"access-control-request-method" in known.noted:
             return
-        sent = [value for name in SECRETS for value in values(headers, name)]
-        given = [re.sub(r"(?i)^bearer +", "", value) for value in sent]
+        sent = [value for name in SECRETS for value in known.noted.get(name, ())]
+        given = [re.sub(rb"(?i)^bearer +", b"", value) for value in sent]
         # Every comparison is made, so that the time taken tells nothing.
-        hits = [key for key in self.access.keys for value in given if same(key, value)]
+        keys = [key.encode() for key in self.access.keys]
+        hits = [key for key in keys for value in given if hmac.compare_digest(key, value)]
         if not hits:
             text = "a key is needed here: Authorization: Bearer KEY, or x-api-key: KEY"
             raise NotAllowed(text, status=401)
-        known.user = hashlib.sha256(hits[0].encode()).hexdigest()[:16]
-        scope["headers"] = [pair for pair in headers if pair[0] not in SECRETS]
+        known.user = hashlib.sha256(hits[0]).hexdigest()[:16]
         known.headers = [pair for pair in known.headers if pair[0] not in SECRETS]
 
 
-def values(headers: Headers, name: bytes) -> list[str]:
-    return [value.decode("latin-1") for key, value in headers if key == name]
-
-
-def same(key: str, value: str) -> bool:
-    return hmac.compare_digest(key.encode(), value.encode("latin-1"))
-
-
 @lru_cache(maxsize=100)
-def host_name(host: str) -> str:
-    """Return the name of a Host header without its port, and all of it where Go sees no port."""
+def read_host(host: str) -> tuple[str, bool]:
+    """Return the name in a Host header, and whether it is an address that is not public.
+
+    The name has no port, or is all of it where Go sees no port.
+    """
     split = SPLIT.fullmatch(host)
-    return ((split[1] or split[2] or "") if split else host).lower()
-
-
-def is_near(name: str) -> bool:
-    """Tell whether a name is an address of this machine or of a private network."""
-    address, private = address_of(name)
-    return private or bool(address and is_mine(address))
-
-
-@lru_cache(maxsize=100)
-def address_of(name: str) -> tuple[str, bool]:
-    """Return the address that a name is, else nothing, and whether it is no public one."""
+    name = ((split[1] or split[2] or "") if split else host).lower()
     try:
         address = ipaddress.ip_address(name)
     except ValueError:
-        return "", False
+        return name, False
     address = getattr(address, "ipv4_mapped", None) or address
-    private = address.is_loopback or address.is_unspecified
-    return str(address), private or any(address in net for net in PRIVATE)
+    return name, any(address in network for network in NETWORKS)
 
 
-def is_mine(address: str) -> bool:
-    """Tell whether an address is one of this machine's: only those can be bound."""
-    family = socket.AF_INET6 if ":" in address else socket.AF_INET
+def is_mine(name: str) -> bool:
+    """Tell whether a name is an address of this machine: only those can be bound."""
+    family = socket.AF_INET6 if ":" in name else socket.AF_INET
     with socket.socket(family, socket.SOCK_DGRAM) as probe:
         try:
-            probe.bind((address, 0))
+            socket.inet_pton(family, name)  # bind() would look a name up
+            probe.bind((name, 0))
         except OSError:
             return False
     return True
@@ -170,5 +151,4 @@ def is_mine(address: str) -> bool:
 
 def is_loopback(listener: socket.socket) -> bool:
     """Tell whether only this machine can connect to a socket, whatever the setting's text was."""
-    address = ipaddress.ip_address(listener.getsockname()[0].partition("%")[0])
-    return (getattr(address, "ipv4_mapped", None) or address).is_loopback
+    return ipaddress.ip_address(listener.getsockname()[0]).is_loopback

@@ -4,7 +4,8 @@
 file, and flags override both. `load` makes one table of the three and `build` reads it: an unknown
 key, a wrong type or a number out of range is a ConfigError that says where it stands (in the file,
 the variable or the flag) and what would be right. Times are seconds, sizes bytes. A relative path
-starts at the file's folder, or at the working directory if the environment has it.
+starts at the file's folder, or at the working directory if the environment has it. Where Ollama
+is, is read as Ollama reads OLLAMA_HOST.
 """
 
 from __future__ import annotations
@@ -13,11 +14,11 @@ import os.path
 import re
 import tomllib
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field, is_dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
-from kernel.address import FORM, read_address
 from kernel.errors import ConfigError
 
 T = TypeVar("T")
@@ -32,12 +33,60 @@ PRESET = re.compile(r"[\w.:/-]+", re.ASCII)  # its name
 NAMED = "it must name a `model`, and be called by letters, digits and . _ - : /"
 SIGNS = re.compile(r"(?:[^\w\s]|_)*")
 
+FORM = "an address like http://127.0.0.1:11434"
+# Scheme, host, port and path, in quotes or not; an IPv6 host needs brackets only before a port
+NAME = r"""[^\s@/:"'\[\]]*"""
+ADDRESS = re.compile(
+    rf"""[\s"']*(?:(https?)://)?(?!.*://)(\[[\w.:%]*\]|{NAME}|(?:{NAME}:)*{NAME})"""
+    rf"""(?::({NAME}))?(?:/([^\s"']*))?[\s"']*"""
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Upstream:
+    """Where Ollama is; `base` is a path before every path, without a slash at its end."""
+
+    scheme: str
+    host: str
+    port: int
+    base: str = ""
+
+    @property
+    def authority(self) -> str:
+        """The Host header that Ollama is sent: the address that it listens on itself."""
+        return f"[{self.host}]:{self.port}" if ":" in self.host else f"{self.host}:{self.port}"
+
+    @property
+    def url(self) -> str:
+        return f"{self.scheme}://{self.authority}{self.base}"
+
+
+def parse_upstream(text: str) -> Upstream:
+    """Read an address as Ollama does (envconfig.Host in its sources). Raises ConfigError.
+
+    `h`, `h:p`, `:p`, `http://h` (port 80), `https://h/base`, `::1`, `[::1]:p`; quotes around it; a
+    port that is none means the default. An address that means "all of mine" means this machine.
+    """
+    found = ADDRESS.fullmatch(text)
+    if not found:
+        raise ConfigError(f"{text!r} is wrong here, it must be {FORM}")
+    scheme, host, port, base = found.groups(default="")
+    if text.strip(" \"'") == "ollama.com":
+        scheme = "https"
+    default = {"http": 80, "https": 443}.get(scheme, 11434)
+    number = int(port) if port.isascii() and port.isdigit() and int(port) <= 65535 else default
+    host = host.strip("[]")
+    host = {"": "127.0.0.1", "0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
+    base = base.strip("/")
+    return Upstream(scheme or "http", host, number, f"/{base}" if base else "")
+
+
 # A type, what a value must be besides, and the check
 Seconds = Annotated[float, "above 0", lambda number: 0 < number < 1e15]  # neither NaN nor infinity
 Size = Annotated[int, "above 0", lambda number: number > 0]
 Port = Annotated[int, "0 to 65535", lambda number: 0 <= number <= 65535]
 Signs = Annotated[str, "without letters, digits and spaces", SIGNS.fullmatch]
-Address = Annotated[str, FORM, read_address]
+Address = Annotated[str, FORM, ADDRESS.fullmatch]
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,13 +164,14 @@ def load(file: Path | None, environ: Mapping[str, str], flags: Mapping[str, str 
     try:
         toml = file.read_text(encoding="utf-8") if file else ""
         table: dict[str, Any] = {"server": {}, **tomllib.loads(toml)}
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as exc:
+    except (OSError, ValueError) as exc:
         raise ConfigError(f"{file}: {exc}") from exc
     sections = get_type_hints(Config)
     for name, text in {**environ, **flags}.items():
         found = VARIABLE.fullmatch(SHORT.get(name, name))
         section, key = found[0].lower().split("_", 2)[1:] if found else ("", "")
-        if is_dataclass(sections.get(section)) and isinstance(table.setdefault(section, {}), dict):
+        known = is_dataclass(sections.get(section)) and text is not None
+        if known and isinstance(table.setdefault(section, {}), dict):
             table[section][key] = (text, name)
     if isinstance(table["server"], dict):
         table["server"].setdefault("data", str(base / "data"))
@@ -177,8 +227,7 @@ def parse(text: str, hint: Any) -> Any:
     """Read a text as TOML reads a number, a boolean or, between commas, a list of strings."""
     if get_origin(hint) is tuple:
         return [item.strip() for item in text.split(",") if item.strip()]
-    number = getattr(hint, "__origin__", hint) in (int, float, bool)
-    try:
-        return tomllib.loads(f"value = {text}")["value"] if number else text
-    except tomllib.TOMLDecodeError:
-        return text
+    if getattr(hint, "__origin__", hint) in (int, float, bool):
+        with suppress(tomllib.TOMLDecodeError):
+            return tomllib.loads(f"value = {text}")["value"]
+    return text

@@ -37,9 +37,13 @@ Line = Callable[[float, str, str, Fields], str]  # time, level, event, fields
 REQUEST_ID = re.compile(rb"[A-Za-z0-9._-]{1,64}")
 PLAIN = re.compile(r"[\w.:/;+-]+", re.ASCII)
 LONGEST = 500  # characters of a path or a model's name in the log: the client chooses both
-ENCODER = json.JSONEncoder(default=str)
 TAIL = 1024  # Ollama's token counters are within the last bytes of an answer
 STOPPED = "the server stops"  # what a cancellation says that is not a client's leaving
+OUTCOMES: dict[type[BaseException], str] = {  # of what ends a request early; all else "failed"
+    CancelledError: "client_closed",  # the server cancels the request of a client that left
+    ClientDisconnected: "client_closed",
+    BrokenAnswer: "upstream_broke",
+}
 
 # RFC 9110 section 7.6.1, with the older names that Ollama's own proxy strips
 HOP_BY_HOP = frozenset(
@@ -47,8 +51,10 @@ HOP_BY_HOP = frozenset(
     b" transfer-encoding upgrade".split()
 )
 DROPPED = HOP_BY_HOP | {b"expect", b"host"}
-NOTED = frozenset((b"host", b"origin", b"connection", b"x-request-id", b"x-osp-agents"))
-ALONE = frozenset((b"", b"keep-alive", b"close"))  # in Connection: they name no header
+SECRETS = (b"authorization", b"x-api-key")
+NOTED = frozenset(
+    b"host origin connection x-request-id x-osp-agents access-control-request-method".split()
+).union(SECRETS)
 
 
 @dataclass(slots=True)
@@ -74,10 +80,9 @@ class RequestInfo:
                 self.headers.append(pair)
             if pair[0] in NOTED:
                 self.noted.setdefault(pair[0], []).append(pair[1])
-        if b"connection" in self.noted:
-            listed = b",".join(self.noted[b"connection"]).lower().replace(b" ", b"").split(b",")
-            if not ALONE.issuperset(listed):
-                self.headers = [pair for pair in self.headers if pair[0] not in listed]
+        for sent in self.noted.get(b"connection", ()):
+            listed = sent.lower().replace(b" ", b"").split(b",")
+            self.headers = [pair for pair in self.headers if pair[0] not in listed]
         for sent in self.noted.get(b"x-request-id", ()):
             if REQUEST_ID.fullmatch(sent):
                 self.request_id = sent.decode()
@@ -112,22 +117,17 @@ class AccessLog:
     """Log and count every request; metrics name the paths in `routes`, all else is `other`.
 
     A route may end in a parameter: `/v1/models/{name:path}` is its label, too. `write` writes the
-    line; a LogRecord would cost a fifth of what forwarding a request costs.
+    line: a LogRecord would cost 8 % of what forwarding a request costs.
     """
 
     def __init__(
-        self,
-        app: ASGIApp,
-        routes: Collection[str],
-        write: Write = record,
-        *,
-        metrics: Metrics | None = None,
+        self, app: ASGIApp, routes: Collection[str], write: Write, metrics: Metrics | None = None
     ) -> None:
         self.app = app
-        self.metrics = metrics or Metrics()
         self.write = write
-        self.routes = {route: route for route in routes if "{" not in route}
-        self.prefixes = {route.partition("{")[0]: route for route in routes if "{" in route}
+        self.metrics = metrics or Metrics()
+        self.routes = frozenset(routes)
+        self.starts = {route.partition("{")[0]: route for route in routes if "{" in route}
         self._prefix = os.urandom(4).hex()
         self._count = count(1)
 
@@ -152,28 +152,23 @@ class AccessLog:
 
         try:
             await self.app(scope, receive, observed)
-        except ClientDisconnected:
-            known.outcome = "client_closed"
-        except CancelledError as exc:  # the server cancels the request of a client that left
-            stopped = STOPPED in exc.args
-            known.outcome = "stopped" if stopped else "client_closed"
-            if stopped:
-                raise
         except BaseException as exc:
-            known.outcome = "upstream_broke" if isinstance(exc, BrokenAnswer) else "failed"
-            raise
+            stopped = STOPPED in exc.args
+            known.outcome = "stopped" if stopped else OUTCOMES.get(type(exc), "failed")
+            if not isinstance(exc, ClientDisconnected):
+                raise
         finally:
             seconds = time.perf_counter() - began
             self.metrics.request(self.route(scope["path"]), known.status, seconds, first or seconds)
             if known.relayed and 200 <= known.status < 300:
                 self.metrics.tokens(head, tail)
             if logger.isEnabledFor(logging.INFO):
-                self.write(line_of(scope, known, seconds))
+                self.write(fields_of(scope, known, seconds))
 
     def route(self, path: str) -> str:
         if path in self.routes:
             return path
-        return next((r for start, r in self.prefixes.items() if path.startswith(start)), "other")
+        return next((r for start, r in self.starts.items() if path.startswith(start)), "other")
 
 
 def answer_headers(known: RequestInfo, headers: Headers) -> Headers:
@@ -181,16 +176,13 @@ def answer_headers(known: RequestInfo, headers: Headers) -> Headers:
 
     An id that Ollama sent stays.
     """
-    request_id = (b"x-request-id", known.request_id.encode())
-    if not known.relayed:
-        return [*headers, *known.cors, request_id]
-    for name, _ in headers:
-        if name == b"x-request-id":
-            return headers
-    return [*headers, request_id]
+    if known.relayed and b"x-request-id" in dict(headers):
+        return headers
+    cors = [] if known.relayed else known.cors
+    return [*headers, *cors, (b"x-request-id", known.request_id.encode())]
 
 
-def line_of(scope: Scope, known: RequestInfo, seconds: float) -> dict[str, Any]:
+def fields_of(scope: Scope, known: RequestInfo, seconds: float) -> dict[str, Any]:
     fields = {
         "request_id": known.request_id,
         "method": scope["method"],
@@ -211,7 +203,7 @@ class Formatter(logging.Formatter):
         self.line = line
 
     def format(self, record: logging.LogRecord) -> str:
-        fields = dict(getattr(record, "fields", {}))
+        fields = dict(vars(record).get("fields", {}))
         if record.exc_info:
             fields["exception"] = self.formatException(record.exc_info)
         return self.line(record.created, record.levelname.lower(), record.getMessage(), fields)
@@ -220,14 +212,14 @@ class Formatter(logging.Formatter):
 def text_line(created: float, level: str, event: str, fields: Fields) -> str:
     """Return a line for a person: time, level where it matters, event, `key=value`."""
     clock = time.strftime("%H:%M:%S", time.localtime(created))
-    start = f"{clock} {event}" if level == "info" else f"{clock} {level}: {event}"
+    named = event if level == "info" else f"{level}: {event}"
     words = [f" {key}={quoted(fields[key])}" for key in fields if key != "exception"]
     stack = f"\n{fields['exception']}" if "exception" in fields else ""
-    return start.replace("\n", "\\n") + "".join(words) + stack
+    return f"{clock} {named}".replace("\n", "\\n") + "".join(words) + stack
 
 
 def json_line(created: float, level: str, event: str, fields: Fields) -> str:
-    """Return a line for a machine: one JSON object. JSONEncoder would take twice as long."""
+    """Return a line for a machine: one JSON object. JSONEncoder takes 4 % of a request longer."""
     more = "".join([f', "{name}": {as_json(value)}' for name, value in fields.items()])
     return f'{{"time": {created:.3f}, "level": "{level}", "event": {as_json(event)}{more}}}'
 
@@ -235,7 +227,7 @@ def json_line(created: float, level: str, event: str, fields: Fields) -> str:
 def as_json(value: object) -> str:
     if type(value) is str:
         return encode_basestring_ascii(value)
-    return str(value) if type(value) in (int, float) else ENCODER.encode(value)
+    return str(value) if type(value) in (int, float) else json.dumps(value, default=str)
 
 
 def quoted(value: object) -> str:
@@ -254,15 +246,10 @@ def configure(level: str, style: str) -> Write:
     handler = logging.StreamHandler()
     handler.setFormatter(Formatter(line))
     logging.basicConfig(level=level.upper(), handlers=[handler], force=True)
-    # Skip the look-ups of caller, thread and process: no format of ours prints them.
-    logging._srcfile = None
-    logging.logThreads = logging.logProcesses = logging.logMultiprocessing = False
-    for name in ("uvicorn", "asyncio"):
-        logging.getLogger(name).setLevel(max(logging.WARNING, logging.getLevelName(level.upper())))
+    logging.getLogger("uvicorn").setLevel(max(logging.WARNING, logging.root.level))
 
     def write(fields: Fields) -> None:
-        text = line(time.time(), "info", "request", fields)
         with suppress(OSError):  # the other end is closed
-            os.write(stderr, f"{text}\n".encode())
+            os.write(stderr, f"{line(time.time(), 'info', 'request', fields)}\n".encode())
 
     return write

@@ -10,7 +10,7 @@ import json
 import re
 from bisect import bisect_left
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from itertools import accumulate
 
 HELP = {  # name: (type, text, label)
@@ -36,58 +36,50 @@ Row = list[float]  # of a histogram: a count for each bound and for what is long
 
 
 class Metrics:
-    """Counters of one app, kept as {name: {label values: number or row}}."""
+    """Counters and histograms of one app, by the metric's name and the values of its labels."""
 
     def __init__(self) -> None:
-        self._numbers: dict[str, dict[tuple[str, ...], float]] = {}
-        self._rows: dict[str, dict[str, Row]] = {}
-        for name, (kind, _, _) in HELP.items():
-            if kind == "counter":
-                self._numbers[name] = defaultdict(float)
-            else:
-                self._rows[name] = defaultdict(lambda: [0.0] * (len(BOUNDS) + 2))
+        self._counts: dict[tuple[str, ...], int] = defaultdict(int)
+        self._rows: dict[tuple[str, str], Row] = defaultdict(lambda: [0.0] * (len(BOUNDS) + 2))
         self._models: set[str] = set()
 
     def request(self, route: str, status: int, seconds: float, first: float) -> None:
         """Count one request; status 0 is one whose client left before an answer."""
-        self._numbers["osp_requests_total"][route, str(status)] += 1
+        self._counts["osp_requests_total", route, str(status)] += 1
         self._observe("osp_request_seconds", route, seconds)
         self._observe("osp_first_byte_seconds", route, first)
 
     def tokens(self, head: bytes, tail: bytes) -> None:
         """Count the tokens of an answer of Ollama that begins with `head` and ends with `tail`."""
         prompt, answer = last_number(tail, PROMPT), last_number(tail, ANSWER)
-        if prompt is None and answer is None:
-            return
         model = MODEL.search(head) or MODEL.search(tail)  # behind the vectors of an embedding
-        if not model:
+        if not (model and prompt + answer):
             return
         name = model[1].decode(errors="replace")
         if len(self._models) < MODELS:
             self._models.add(name)
         label = name if name in self._models else "other"
-        tokens = self._numbers["osp_tokens_total"]
-        tokens[label, "prompt"] += prompt or 0
-        tokens[label, "answer"] += answer or 0
+        self._counts["osp_tokens_total", label, "prompt"] += prompt
+        self._counts["osp_tokens_total", label, "answer"] += answer
 
     def activated(self, agent: str) -> None:
-        self._numbers["osp_agents_activated_total"][(agent,)] += 1
+        self._counts["osp_agents_activated_total", agent] += 1
 
     def hook(self, agent: str, seconds: float, *, failed: bool) -> None:
         """Count one run of an agent's hook."""
         self._observe("osp_agent_seconds", agent, seconds)
         if failed:
-            self._numbers["osp_agent_failures_total"][(agent,)] += 1
+            self._counts["osp_agent_failures_total", agent] += 1
 
     def agent(self, agent: str) -> dict[str, int]:
         """Return one agent's counts, for `GET /plugins`."""
         return {
-            "activated": int(self._numbers["osp_agents_activated_total"].get((agent,), 0)),
-            "failures": int(self._numbers["osp_agent_failures_total"].get((agent,), 0)),
+            "activated": self._counts.get(("osp_agents_activated_total", agent), 0),
+            "failures": self._counts.get(("osp_agent_failures_total", agent), 0),
         }
 
     def _observe(self, name: str, label: str, seconds: float) -> None:
-        row = self._rows[name][label]
+        row = self._rows[name, label]
         row[bisect_left(BOUNDS, seconds)] += 1
         row[-1] += seconds
 
@@ -99,10 +91,12 @@ class Metrics:
         for name, (kind, text, labels) in HELP.items():
             yield f"# HELP {name} {text}."
             yield f"# TYPE {name} {kind}"
-            for values, number in self._numbers.get(name, {}).items():
-                yield f"{name}{{{pairs(labels, values)}}} {number:.12g}"
-            for value, row in self._rows.get(name, {}).items():
-                yield from histogram(name, pairs(labels, (value,)), row)
+            for (of, *values), number in self._counts.items():
+                if of == name:
+                    yield f"{name}{{{pairs(labels, values)}}} {number}"
+            for (of, value), row in self._rows.items():
+                if of == name:
+                    yield from histogram(name, pairs(labels, [value]), row)
 
 
 def histogram(name: str, label: str, row: Row) -> Iterator[str]:
@@ -112,16 +106,16 @@ def histogram(name: str, label: str, row: Row) -> Iterator[str]:
     yield f"{name}_count{{{label}}} {sum(row[:-1]):.12g}"
 
 
-def pairs(labels: tuple[str, ...], values: tuple[str, ...]) -> str:
+def pairs(labels: Sequence[str], values: Sequence[str]) -> str:
     # Of what JSON escapes, no label here has more than Prometheus escapes alike.
     quoted = [json.dumps(value, ensure_ascii=False) for value in values]
     return ",".join(map("=".join, zip(labels, quoted, strict=True)))
 
 
-def last_number(text: bytes, keys: tuple[bytes, ...]) -> int | None:
-    """Return the number behind the last of the first key that `text` has."""
+def last_number(text: bytes, keys: tuple[bytes, ...]) -> int:
+    """Return the number behind the last of the first key that `text` has, else 0."""
     for key in keys:
         if (at := text.rfind(key)) >= 0:
             number = NUMBER.match(text, at + len(key))
-            return int(number[0]) if number else None
-    return None
+            return int(number[0]) if number else 0
+    return 0

@@ -18,6 +18,7 @@ class Shout(BaseAgent):
     async def on_response(self, response):
         return response.upper()
 """
+HOOK = "class It(BaseAgent):\n  async def {}"
 CONTEXT = """
 class It(BaseAgent):
     async def on_request(self, payload):
@@ -100,33 +101,25 @@ def test_an_unknown_argument_is_named(plugins: Path) -> None:
         ask(write_agent(plugins, "shout", SHOUT), "/shout x", seed=7)  # type: ignore[call-arg]
 
 
-@pytest.mark.parametrize(
-    ("code", "complaint"),
-    [
-        (
-            "def on_request(self, payload): return payload['nope']",
-            "error: KeyError, where: .*agent.py:5",
-        ),
-        ("async def on_request(self, payload): pass", "is a `return` missing"),
-        ("async def on_chunk(self, text): return text + '|'", "depends on the way of asking"),
-        ("def setup(self): 1 / 0", "ZeroDivisionError"),
-    ],
-)
-def test_an_agent_that_fails_fails_its_test(plugins: Path, code: str, complaint: str) -> None:
+FAILS = {
+    "def on_request(self, payload): return payload['nope']": "error: KeyError, where: .*agent.py:5",
+    "async def on_request(self, payload): pass": "is a `return` missing",
+    "async def on_chunk(self, text): return text + '|'": "depends on the way of asking",
+    "def setup(self): 1 / 0": "ZeroDivisionError",
+}
+
+
+@pytest.mark.parametrize("code", FAILS)
+def test_an_agent_that_fails_fails_its_test(plugins: Path, code: str) -> None:
     folder = write_agent(plugins, "it", f"class It(BaseAgent):\n    {code}\n")
 
-    with pytest.raises(AssertionError, match=complaint):
+    with pytest.raises(AssertionError, match=FAILS[code]):
         ask(folder, "/it x")
 
 
 def command(*arguments: str, cwd: Path = HOME) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, str(HOME / "testkit.py"), *arguments],
-        cwd=cwd,
-        capture_output=True,
-        text=True,
-        timeout=60,
-    )
+    line = [sys.executable, str(HOME / "testkit.py"), *arguments]
+    return subprocess.run(line, cwd=cwd, capture_output=True, text=True, timeout=60)
 
 
 @pytest.fixture
@@ -136,43 +129,40 @@ def osp_toml(tmp_path: Path, plugins: Path) -> Path:
     return file
 
 
-MISTAKES = {
-    "BaseAgent": ("class It(BaseAgnt): pass", "NameError"),
-    "import": ("class It(BaseAgent):\n  def setup(self): json.dumps({})", "is `import json`"),
-    "module": ("import no_such_thing\nclass It(BaseAgent): pass", "-m pip install"),
-    "return": ("class It(BaseAgent):\n  async def on_response(self, r): pass", "`return` missing"),
-    "cut": (
-        "class It(BaseAgent):\n  async def on_chunk(self, t): return t + '|'",
-        "the way of asking",
-    ),
+LIMITER = """
+class It(BaseAgent):
+    def setup(self): self.users = []
+    async def on_request(self, payload):
+        self.users.append(self.context.user)
+        if len(self.users) > 3: raise Reply("enough")
+        return payload
+"""
+CHECKED = {  # code: verdict, what is said, exit status
+    "class It(BaseAgnt): pass": ("FAILED", "NameError", 1),
+    "class It(BaseAgent):\n  def setup(self): json.dumps({})": ("FAILED", "is `import json`", 1),
+    "import no_such_thing\nclass It(BaseAgent): pass": ("FAILED", "-m pip install", 1),
+    "from kernel.config import Config" + SHOUT: ("FAILED", "agent.py:4: from kernel.config", 1),
+    HOOK.format("on_response(self, r): pass"): ("FAILED", "`return` missing", 1),
+    HOOK.format("on_chunk(self, t): return t + '|'"): ("FAILED", "the way of asking", 1),
+    HOOK.format("on_chunk(self, t): return ''"): ("FAILED", "does on_end return", 1),
+    HOOK.format("on_reply(self, r): return r"): ("warning", "on_reply is no hook", 0),
+    "class It(BaseAgent): pass": ("warning", "it has no hook", 0),
+    LIMITER: ("ok", "", 0),
 }
 
 
-@pytest.mark.parametrize("mistake", MISTAKES)
-def test_check_says_what_is_wrong_and_exits_with_1(
-    plugins: Path, osp_toml: Path, mistake: str
-) -> None:
-    code, complaint = MISTAKES[mistake]
+@pytest.mark.parametrize("code", CHECKED)
+def test_check_says_what_is_wrong(plugins: Path, osp_toml: Path, code: str) -> None:
+    verdict, complaint, status = CHECKED[code]
     write_agent(plugins, "it", code)
-    write_agent(plugins, "shout", SHOUT)
-
-    done = command("check", "--config", str(osp_toml))
-
-    assert done.returncode == 1, done
-    verdicts = {
-        line.split()[-1]: line.split()[0] for line in done.stdout.splitlines() if line[0] > " "
-    }
-    assert verdicts == {"it": "FAILED", "shout": "ok"}
-    assert complaint in done.stdout
-
-
-def test_check_finds_nothing_wrong_with_good_agents(plugins: Path, osp_toml: Path) -> None:
-    write_agent(plugins, "shout", SHOUT)
     write_agent(plugins, "off", "1 / 0", enabled=False)
+    write_agent(plugins, "shout", SHOUT)
 
     done = command("check", "--config", str(osp_toml))
 
-    assert (done.returncode, done.stdout) == (0, "disabled off\nok       shout\n")
+    verdicts = [line.split() for line in done.stdout.splitlines() if line[0] != " "]
+    assert verdicts == [[verdict, "it"], ["disabled", "off"], ["ok", "shout"]]
+    assert complaint in done.stdout and done.returncode == status
 
 
 @pytest.mark.parametrize("table", ["[server]\nprot = 1", "[agents.nope]\nenabled = true"])

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from kernel.address import Upstream, parse_upstream
-from kernel.config import HOME, Config, Preset, load
+from kernel.config import HOME, Config, Preset, Upstream, load, parse_upstream
 from kernel.errors import ConfigError
 
 
@@ -57,11 +55,9 @@ def test_a_file_counts_key_by_key(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "value", "section", "expected"),
     [
-        ("OSP_SERVER_HOST", "::1", "server", "::1"),
         ("OSP_SERVER_HOST", "123", "server", "123"),
         ("OSP_SERVER_PORT", "80", "server", 80),
         ("OSP_SERVER_SHUTDOWN", "2", "server", 2.0),
-        ("OSP_SERVER_SHUTDOWN", "0.5", "server", 0.5),
         ("OSP_SERVER_DATA", "/var/osp", "server", Path("/var/osp")),
         ("OSP_SERVER_DATA", "here", "server", Path.cwd() / "here"),
         ("OSP_SERVER_DATA", "~/osp", "server", Path.home() / "osp"),
@@ -69,12 +65,10 @@ def test_a_file_counts_key_by_key(tmp_path: Path) -> None:
         ("OSP_COMMANDS_PREFIX", "", "commands", ""),
         ("OSP_ACCESS_KEYS", "a, b ,,c", "access", ("a", "b", "c")),
         ("OSP_ACCESS_KEYS", "", "access", ()),
-        ("OSP_ACCESS_HOSTS", "pi.lan", "access", ("pi.lan",)),
         ("OSP_PLUGINS_DIRS", "/a,b", "plugins", (Path("/a"), Path.cwd() / "b")),
         ("OSP_PLUGINS_ONLY", "rag", "plugins", ("rag",)),
         ("OSP_PLUGINS", "rag,translate", "plugins", ("rag", "translate")),
         ("OSP_PLUGINS", "off", "plugins", ("off",)),
-        ("OSP_PLUGINS", "", "plugins", ()),
         ("OSP_LOG_FORMAT", "json", "log", "json"),
     ],
 )
@@ -115,7 +109,6 @@ WRONG = "is wrong here, it must be"
     [
         ("[sever]", "unknown key 'sever'; known are server, upstream, plugins,"),
         ("port = 1", "unknown key 'port'; known are server,"),
-        ("[log]\nlvl = 'info'", "log: unknown key 'lvl'; known are level, format"),
         ("[plugins]\nwatch = true", "plugins: unknown key 'watch'; known are dirs, only"),
         ("server = 1", f"server: 1 {WRONG} a table"),
         ("agents = []", f"agents: [] {WRONG} a table"),
@@ -128,7 +121,6 @@ WRONG = "is wrong here, it must be"
         ("[server]\nmax_body = 0", f"server: max_body: 0 {WRONG} above 0"),
         ("[chain]\ntimeout = -1", f"chain: timeout: -1.0 {WRONG} above 0"),
         ("[chain]\ntimeout = nan", f"chain: timeout: nan {WRONG} above 0"),
-        ("[chain]\ntimeout = inf", f"chain: timeout: inf {WRONG} above 0"),
         ("[chain]\ntimeout = '1'", f"chain: timeout: '1' {WRONG} a number"),
         ("[chain]\nnotice = 1", f"chain: notice: 1 {WRONG} true or false"),
         ("[log]\nlevel = 'INFO'", f"log: level: 'INFO' {WRONG} one of 'debug', 'info', "),
@@ -155,7 +147,6 @@ def test_a_wrong_setting_is_named_with_its_file_and_with_what_is_right(
         ("OSP_SERVER_PORT", "x", f"'x' {WRONG} a whole number"),
         ("OSP_SERVER_PORT", "1.5", f"1.5 {WRONG} a whole number"),
         ("OSP_SERVER_PORT", "", f"'' {WRONG} a whole number"),
-        ("OSP_SERVER_PORT", "65536", f"65536 {WRONG} 0 to 65535"),
         ("OSP_CHAIN_NOTICE", "yes", f"'yes' {WRONG} true or false"),
         ("OSP_LOG_LEVEL", "loud", f"'loud' {WRONG} one of 'debug'"),
         ("OSP_UPSTREAM_URL", "a b", f"'a b' {WRONG} an address like http://127.0.0.1"),
@@ -169,17 +160,10 @@ def test_a_wrong_variable_is_named_with_what_is_right(
     assert complaint(tmp_path, file, **{name: value}).startswith(f"{name}: {message}")
 
 
-@pytest.mark.parametrize(
-    ("flag", "value", "message"),
-    [
-        ("--port", "99999", f"99999 {WRONG} 0 to 65535"),
-        ("--port", "x", f"'x' {WRONG} a whole number"),
-        ("--upstream", "ftp://x", f"'ftp://x' {WRONG} an address like"),
-    ],
-)
-def test_a_wrong_flag_is_named_with_what_is_right(flag: str, value: str, message: str) -> None:
-    with pytest.raises(ConfigError, match=re.escape(f"{flag}: {message}")):
-        load(None, {"OSP_SERVER_PORT": "1"}, {flag: value})
+@pytest.mark.parametrize("value", ["99999", "x"])
+def test_a_wrong_flag_is_named(value: str) -> None:
+    with pytest.raises(ConfigError, match=rf"^--port: '?{value}'? {WRONG} "):
+        load(None, {"OSP_SERVER_PORT": "1"}, {"--port": value, "--host": None})
 
 
 def test_bytes_that_are_no_text_and_a_missing_file_are_said_with_its_name(tmp_path: Path) -> None:
@@ -197,43 +181,27 @@ def test_a_key_of_the_wrong_type_is_not_shown(tmp_path: Path, keys: str) -> None
     assert message.startswith("osp.toml: access: keys: ") and "4711" not in message
 
 
-@pytest.mark.parametrize(
-    ("text", "url"),
-    [
-        ("", "http://127.0.0.1:11434"),
-        ("1.2.3.4", "http://1.2.3.4:11434"),
-        ("example.com", "http://example.com:11434"),
-        ("example.com:", "http://example.com:11434"),
-        ("example.com:1234", "http://example.com:1234"),
-        (":1234", "http://127.0.0.1:1234"),
-        (":", "http://127.0.0.1:11434"),
-        ("ollama.com", "https://ollama.com:443"),
-        ("http://example.com", "http://example.com:80"),
-        ("https://example.com", "https://example.com:443"),
-        ("https://example.com:1234", "https://example.com:1234"),
-        ("https://example.com/ollama", "https://example.com:443/ollama"),
-        ("https://example.com/a/b/", "https://example.com:443/a/b"),
-        ("example.com:1234/", "http://example.com:1234"),
-        ("example.com/ollama", "http://example.com:11434/ollama"),
-        ("example.com:65536", "http://example.com:11434"),
-        ("example.com:-1", "http://example.com:11434"),
-        ("example.com:nope", "http://example.com:11434"),
-        ("https://example.com:nope", "https://example.com:443"),
-        ("example.com:0", "http://example.com:0"),
-        ("::1", "http://[::1]:11434"),
-        ("[::1]", "http://[::1]:11434"),
-        ("[::1]:1234", "http://[::1]:1234"),
-        ("http://[::1]", "http://[::1]:80"),
-        ("0.0.0.0", "http://127.0.0.1:11434"),
-        ("0.0.0.0:80", "http://127.0.0.1:80"),
-        ("[::]:80", "http://[::1]:80"),
-        ("::", "http://[::1]:11434"),
-        (' "1.2.3.4" ', "http://1.2.3.4:11434"),
-        ("'1.2.3.4'", "http://1.2.3.4:11434"),
-    ],
-)
-def test_an_upstream_is_read_as_ollama_reads_its_host(text: str, url: str) -> None:
-    assert parse_upstream(text).url == url
+ADDRESSES = {  # as envconfig.Host in Ollama's sources reads them
+    "http://127.0.0.1:11434": ["", ":", "0.0.0.0", "127.0.0.1", ' "127.0.0.1" ', "'127.0.0.1'"],
+    "http://127.0.0.1:80": ["0.0.0.0:80", ":80"],
+    "http://h:11434": ["h", "h:", "h:65536", "h:-1", "h:nope", "h/"],
+    "http://h:0": ["h:0"],
+    "http://h:1234": ["h:1234", "h:1234/"],
+    "http://h:80": ["http://h"],
+    "http://h:11434/ollama": ["h/ollama"],
+    "https://ollama.com:443": ["ollama.com"],
+    "https://h:443": ["https://h", "https://h:nope"],
+    "https://h:1234": ["https://h:1234"],
+    "https://h:443/a/b": ["https://h/a/b", "https://h/a/b/"],
+    "http://[::1]:11434": ["::1", "[::1]", "::"],
+    "http://[::1]:1234": ["[::1]:1234", "[::]:1234"],
+    "http://[::1]:80": ["http://[::1]"],
+}
+
+
+@pytest.mark.parametrize("url", ADDRESSES)
+def test_an_upstream_is_read_as_ollama_reads_its_host(url: str) -> None:
+    assert {parse_upstream(text).url for text in ADDRESSES[url]} == {url}
 
 
 def test_an_upstream_has_its_parts() -> None:
@@ -243,7 +211,9 @@ def test_an_upstream_has_its_parts() -> None:
     assert upstream.authority == "[2001:db8::1]:443"
 
 
-@pytest.mark.parametrize("text", ["ftp://x", "://x", "http://me:pw@x", "a b", "http://x/a b"])
+@pytest.mark.parametrize(
+    "text", ["ftp://x", "://x", "http://me:pw@x", "a b", "http://x/a b", "[::1]h", "[", "a:b:c]"]
+)
 def test_what_is_no_address_is_refused(text: str) -> None:
     with pytest.raises(ConfigError, match="must be an address like http://127.0.0.1:11434"):
         parse_upstream(text)
