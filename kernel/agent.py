@@ -118,26 +118,29 @@ class Clock:
 
 @dataclass(frozen=True, slots=True)
 class Stream:
-    """Tells whether the client gets a stream; called, it asks the model for one."""
+    """True if the client gets a stream; `stream(messages)` asks, and yields text in pieces."""
 
-    wanted: bool
-    ask: Callable[..., AsyncIterator[str]]
+    context: Context
 
     def __bool__(self) -> bool:
-        return self.wanted
+        return self.context.streams
 
-    def __call__(
+    async def __call__(
         self, messages: list[Message], model: str | None = None, **options: Any
     ) -> AsyncIterator[str]:
-        return self.ask(messages, model, **options)
+        body = self.context._body(messages, model, options)
+        pieces = self.context.listen(body | {"stream": True})
+        while True:
+            with self.context.clock.paused():
+                piece = await anext(pieces, None)
+            if piece is None:
+                return
+            yield piece
 
 
 # A change of one of these makes Ollama load the model anew (api.Runner and the llama server's
 # options in its sources), so what an agent asks the request's model has the request's own values.
-RUNNER_OPTIONS = (
-    *("num_ctx", "num_batch", "num_gpu", "main_gpu", "use_mmap", "num_thread"),
-    "draft_num_predict",
-)
+RUNNER_OPTIONS = "num_ctx num_batch num_gpu main_gpu use_mmap num_thread draft_num_predict".split()
 RUNNER_FIELDS = ("keep_alive", "shift")
 FIELDS = ("think", "format", "tools", "truncate", "logprobs", "top_logprobs")  # not the model's
 
@@ -183,24 +186,14 @@ class Context:
         body = self._body(messages, model, options)
         with self.clock.paused():
             answer = await self.ask("/api/chat", body | {"stream": False})
-        check_whole(answer, body)
+        if answer.get("done_reason") == "length" and "num_predict" not in body["options"]:
+            raise UpstreamError("the model's context was full before its answer was complete")
         return dict(answer["message"])
 
     @property
     def stream(self) -> Stream:
-        """True if the client gets a stream; `stream(messages)` asks, and yields text in pieces."""
-        return Stream(self.streams, self._pieces)
-
-    async def _pieces(
-        self, messages: list[Message], model: str | None = None, **options: Any
-    ) -> AsyncIterator[str]:
-        pieces = self.listen(self._body(messages, model, options) | {"stream": True})
-        while True:
-            with self.clock.paused():
-                piece = await anext(pieces, None)
-            if piece is None:
-                return
-            yield piece
+        """As a value: the client gets a stream. Called as `chat` is: yields text in pieces."""
+        return Stream(self)
 
     async def embed(self, texts: list[str], model: str | None = None) -> list[list[float]]:
         """Return one vector for each text. Raises UpstreamError."""
@@ -209,6 +202,7 @@ class Context:
             return list((await self.ask("/api/embed", body))["embeddings"])
 
     def _body(self, messages: list[Message], model: str | None, options: Payload) -> Payload:
+        """Return the request that asks a model; options that are no field of it are the model's."""
         fields = {key: options.pop(key) for key in FIELDS if key in options}
         body = self._same_runner(model) | {"messages": messages, "think": False} | fields
         return body | {"options": body.get("options", {}) | options}
@@ -218,15 +212,9 @@ class Context:
         return {**own, "model": model or self.model}
 
 
-def check_whole(answer: Payload, body: Payload) -> None:
-    """Raise UpstreamError for an answer that the context's end cut off."""
-    if answer.get("done_reason") == "length" and "num_predict" not in body["options"]:
-        raise UpstreamError("the model's context was full before its answer was complete")
-
-
 # Helpers for payloads
 
-TEXT = ("text", "input_text", "output_text")  # the types of parts that hold text
+TEXT = ("text", "input_text", "output_text")  # a part's types; the last two in an unusual role
 REMINDER = re.compile(r"(?s)\s*(?:<system-reminder>.*</system-reminder>\s*)+")  # Claude Code's own
 
 
@@ -255,7 +243,7 @@ def is_user(message: Message) -> bool:
         return False
     content = message.get("content")
     results = isinstance(content, list) and any(p.get("type") == "tool_result" for p in content)
-    return typed_part(message) is not None if results else True
+    return not results or typed_part(message) is not None
 
 
 def user_texts(payload: Payload) -> Iterator[str]:
@@ -263,11 +251,9 @@ def user_texts(payload: Payload) -> Iterator[str]:
     for message in payload.get("messages") or []:
         if isinstance(message, dict) and str(message.get("role")).lower() == "user":
             content = message.get("content")
-            if isinstance(content, str):
-                yield content
-            elif isinstance(content, list):
-                texts = [p.get("text") for p in content if isinstance(p, dict)]
-                yield from (text for text in texts if isinstance(text, str))
+            parts = content if isinstance(content, list) else [{"text": content}]
+            texts = [part.get("text") for part in parts if isinstance(part, dict)]
+            yield from (text for text in texts if isinstance(text, str))
 
 
 def last_user(payload: Payload) -> Message | None:
@@ -285,17 +271,14 @@ def set_prompt(payload: Payload, text: str) -> Payload:
     """Replace all text of the last user message; without one, add one. Images stay."""
     message = last_user(payload)
     if message is None:
-        message = {"role": "user"}
-        payload["messages"].append(message)
-    content = message.get("content")
-    if not isinstance(content, list):
+        payload["messages"].append({"role": "user", "content": text})
+    elif not isinstance(content := message.get("content"), list):
         message["content"] = text
-        return payload
-    kept = typed_part(message) or {"type": "text"}
-    others = [part for part in content if part.get("type") not in TEXT]
-    at = next((n for n, part in enumerate(content) if part is kept), 0)
-    before = sum(part.get("type") not in TEXT for part in content[:at])
-    message["content"] = [*others[:before], kept | {"text": text}, *others[before:]]
+    else:
+        kept = typed_part(message) or {"type": "text"}
+        kept["text"] = text
+        parts = content if any(part is kept for part in content) else [kept, *content]
+        message["content"] = [p for p in parts if p is kept or p.get("type") not in TEXT]
     return payload
 
 
@@ -307,11 +290,11 @@ def add_context(payload: Payload, text: str) -> Payload:
 def put_before(payload: Payload, text: str) -> Payload:
     """Put text directly before what the user typed."""
     message = last_user(payload)
-    part = typed_part(message) if message else None
-    if message is None or part is None:
+    if message is None or (part := typed_part(message)) is None:
         return set_prompt(payload, text)
-    holder, key = (part, "text") if isinstance(message["content"], list) else (message, "content")
-    holder[key] = f"{text}{holder[key] or ''}"
+    part["text"] = text + part["text"]
+    if not isinstance(message.get("content"), list):
+        message["content"] = part["text"]
     return payload
 
 

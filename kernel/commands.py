@@ -15,21 +15,23 @@ them. The patterns never backtrack (`*+`, `?+`, `(?>`), so that reading is linea
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 from unicodedata import normalize
 
+from kernel.config import WORDS
 from kernel.errors import BadRequest
 from kernel.plugin import Plugin
 
 EXPLAIN, HELP = "explain", "help"
 MOST = 16  # commands of one text, and values of one command
 LETTERS = "abcdefghijklmnopqrstuvwxyz0123456789_-"
-SWITCHES = ["false", "no", "off", "0", "true", "yes", "on", "1"]  # the second half is true
-WIDE = {chr(code): chr(code + 0xFEE0) for code in range(0x21, 0x7F)}  # ! to ~, full-width
+LIMIT = 10**18  # of numbers, that databases can hold them
+SWITCHES = dict.fromkeys("true yes on 1".split(), True)
+SWITCHES |= dict.fromkeys("false no off 0".split(), False)
+WIDE = 0xFEE0  # from a sign of ASCII to the same one, full-width
 
 # White space, and the signs without width that keyboards and copied text leave before a command
 BLANK = r"[\s\u061c\u180e\u200b\u200e\u200f\u2060-\u2064\ufeff]"
@@ -40,7 +42,7 @@ PAIRS = "\"\" “”“ „“” ”” ＂＂ «» »«» ‹› ›‹› 「
 # An apostrophe between letters closes nothing.
 QUOTED = "|".join(rf"{q[0]}[^{q[1:]}]*+(?:\b['’]\b[^{q[1:]}]*+)*+[{q[1:]}]" for q in PAIRS)
 UNQUOTED = f"(?![{''.join(q[0] for q in PAIRS)}])"
-VALUE = rf"(?P<quoted>{QUOTED})|(?P<plain>{UNQUOTED}[^,，]*+|[^,，](?s:.*))"
+VALUE = rf"(?P<quoted>{QUOTED})|(?P<plain>[^,，]*+)"
 ARGUMENT = re.compile(rf"(?:\A|[,，]){GAP}(?:(?P<key>{KEY}){GAP}[=＝]{GAP})?+(?:{VALUE})")
 
 
@@ -61,7 +63,8 @@ class Grammar:
 
     def __init__(self, prefix: str, known: Callable[[str], bool]) -> None:
         self.prefix, self._known = prefix, known
-        sign = "".join(f"[{re.escape(s)}{WIDE.get(s, '')}]" for s in prefix) or "(?!)"  # no match
+        signs = [f"[{re.escape(sign)}{chr(ord(sign) + WIDE)}]" for sign in prefix]
+        sign = "".join(signs) or "(?!)"  # which matches nothing
         word = rf"{sign}(?P<name>[\w-]{{1,64}}+)"
         join = f"[&＆](?={sign})"
         colon, comma = (f"(?>{GAP}[{s}]{GAP}(?={KEY})|[{s}])" for s in ("：:", "，,"))
@@ -69,11 +72,8 @@ class Grammar:
         value = f"(?:{KEY}{GAP}[=＝](?:{GAP}(?!{sign}))?+)?+(?:{QUOTED}|{plain})"
         arguments = f"{colon}(?P<arguments>{value}(?:{comma}{value}){{0,{MOST - 1}}}+)"
         end = rf"(?P<join>{join})|{BLANK}++|\Z"
-        about = rf"(?:{BLANK}++|[:：])(?:{sign})?+(?P<about>[\w-]{{1,64}}+)"
         self._command = re.compile(f"{BLANK}*+{word}(?:{arguments})?+(?:{end})")
         self._literal = re.compile(f"{BLANK}*+{sign}(?={word}(?:[:：]|{end}))")
-        self._help = re.compile(f"{BLANK}*+{word}(?:{about})?+{BLANK}*+")
-        self._near = re.compile(rf"{BLANK}*+{word}{BLANK}++(?!\Z)")
 
     def split(self, text: str) -> tuple[list[Command], str]:
         """Return the commands that lead a text, and the text without them.
@@ -81,9 +81,12 @@ class Grammar:
         A text without commands comes back unchanged; a literal loses one sign. `explain` is listed
         where another command follows it. `help` stands alone; its arguments are an agent or "".
         """
-        about = self.help_wanted(text)
-        if about is not None:
-            return [Command(HELP, about)], ""
+        found = self._command.match(text)
+        if found and fold(found["name"]) == HELP:
+            about = fold(f"{found['arguments'] or ''} {text[found.end() :]}").strip()
+            about = about.removeprefix(fold(self.prefix))
+            if not about or self._known(about):
+                return [Command(HELP, about)], ""
         commands, end = self._commands(text)
         literal = self._literal.match(text, end)
         if literal and self._is_command(fold(literal["name"])):
@@ -107,19 +110,13 @@ class Grammar:
                 count, end = len(commands), at
         return commands[:count], end
 
-    def help_wanted(self, text: str) -> str | None:
-        """Return the name that `/help NAME` asks about, "" for `/help` alone, None for text."""
-        found = self._help.fullmatch(text)
-        name, about = map(fold, found.group("name", "about")) if found else ("", "")
-        return about if name == HELP and (not about or self._known(about)) else None
-
     def near(self, text: str) -> str | None:
         """Return the command that a text's first word misses by one letter, or None.
 
         Meant for a hint: the word stays text. None if no text follows the word.
         """
-        found = self._near.match(text)
-        word = fold(found["name"]) if found else ""
+        found = self._command.match(text)
+        word = fold(found["name"]) if found and found.end() < len(text) else ""
         if not 2 <= len(word) <= 64 or self._is_command(word):
             return None
         return next(filter(self._is_command, one_letter_away(word)), None)
@@ -128,9 +125,9 @@ class Grammar:
         return word in (EXPLAIN, HELP) or self._known(word)
 
 
-def fold(text: str | None) -> str:
+def fold(text: str) -> str:
     """Return a name as it is compared: full-width letters and capitals count as plain ones."""
-    return normalize("NFKC", text or "").casefold()
+    return normalize("NFKC", text).casefold()
 
 
 def one_letter_away(word: str) -> Iterator[str]:
@@ -148,7 +145,7 @@ def parse_arguments(text: str, defaults: Mapping[str, Any]) -> dict[str, Any]:
     """
     names = {fold(name): name for name in defaults}
     pieces = [piece for piece in ARGUMENT.finditer(text) if piece[0].strip(" ,，")]
-    keys = {fold(piece["key"]) for piece in pieces}
+    keys = {fold(piece["key"] or "") for piece in pieces}
     free = (name for key, name in names.items() if key not in keys)
     given: dict[str, Any] = {}
     for piece in pieces:
@@ -164,16 +161,12 @@ def parse_arguments(text: str, defaults: Mapping[str, Any]) -> dict[str, Any]:
 
 def typed(name: str, text: str, default: Any) -> Any:
     """Return `text` as the type of `default`: a boolean, a number or a string."""
-    kind = {bool: "true or false", int: "a whole number", float: "a number"}.get(type(default))
-    switch = fold(text[:9])
     try:
-        value = SWITCHES.index(switch) > 3 if isinstance(default, bool) else type(default)(text)
-        if isinstance(value, float) and not math.isfinite(value):
+        value = SWITCHES[fold(text)] if isinstance(default, bool) else type(default)(text)
+        if not isinstance(value, str) and not abs(value) < LIMIT:
             raise ValueError(text)
-    except ValueError as exc:
-        raise BadRequest(f"{name} must be {kind}, not {text[:60]!r}") from exc
-    if isinstance(value, int) and abs(value) >= 10**18:
-        raise BadRequest(f"{name} must have at most 18 digits, not {text[:60]!r}")
+    except (LookupError, ValueError) as exc:
+        raise BadRequest(f"{name} must be {WORDS[type(default)]}, not {text[:60]!r}") from exc
     return value
 
 

@@ -19,8 +19,6 @@ from kernel.registry import refusal
 
 logger = logging.getLogger(__name__)
 
-MALFORMED = (LookupError, TypeError, AttributeError)  # a frame that is not of the dialect's form
-
 
 class Stage:
     """One agent's response hooks; `whole`: the answer comes in one piece."""
@@ -38,25 +36,18 @@ class Stage:
         self._held.append(text)
         return ""
 
-    async def end(self) -> str:
-        """Return what belongs at the end of the text."""
-        if not self.run.due:
-            return ""
+    async def end(self, *, broken: bool) -> str:
+        """Return what belongs at the end of the text.
+
+        If it broke off nothing is added, and what was held leaves unedited, but for a guard's.
+        """
+        guards = self.run.plugin.is_guard or self.run.has("on_chunk")
+        due = self.run.due and (guards or not broken)
         if self.flows:
-            return await self._call("on_end", otherwise="")
-        text = self._take()
-        return await self._call("on_response", text, otherwise=text) if text else ""
-
-    async def release(self) -> str:
-        """Return what was held of an answer that broke off: unedited, but for a guard's."""
-        if self.run.plugin.is_guard or self.run.has("on_chunk"):
-            return await self.end()
-        return self._take()
-
-    def _take(self) -> str:
+            return await self._call("on_end", otherwise="") if due else ""
         text = "".join(self._held)
         self._held.clear()
-        return text
+        return await self._call("on_response", text, otherwise=text) if text and due else text
 
     async def _call(self, hook: str, *args: str, otherwise: str) -> str:
         """Return the hook's text; after a failure text goes on unedited. Raises Aborted."""
@@ -87,21 +78,25 @@ class Editor:
         self.guarded = any(stage.run.plugin.is_guard for stage in stages)
         self._state = AnswerState(asked)
         self._closing: list[tuple[bytes, Chunk]] = []  # they wait for how the answer finished
-        self._seen = False  # some text came
         self._broken = False  # an error frame was seen: the rest passes unchanged
+
+    @property
+    def is_idle(self) -> bool:
+        """Nothing would be edited."""
+        return not (self._stages or self._notice() or self._dialect.echoes)
 
     async def edit(self, frame: bytes) -> list[bytes]:
         """Return the frames that take the place of `frame`."""
         if self._broken:
             return [frame]
         chunk = self._dialect.parse(frame)
-        if chunk is None and not self._dialect.has_json(frame):
+        if chunk is None and self._dialect.bare.fullmatch(frame):
             return [*await self.end(), frame] if b"[DONE]" in frame else [frame]
         try:
             if chunk is not None:
                 return await self._edit(frame, chunk)
-        except MALFORMED:
-            pass
+        except (LookupError, TypeError, AttributeError):
+            pass  # it is not of the dialect's form
         self.unread()
         return [frame]
 
@@ -110,88 +105,71 @@ class Editor:
         for run in (stage.run for stage in self._stages):
             if run.plugin.is_guard:
                 raise refusal(run.plugin)
-            if run.outcome in ("", "ok") and not self._seen:
+            if run.outcome in ("", "ok"):
                 run.outcome = "unread"
                 logger.info("answer unread", extra={"fields": {"agent": run.plugin.name}})
 
     async def end(self) -> list[bytes]:
         """Return the frames that belong at the end of the text, once after each text."""
-        text = await self._tail("")
-        return [*self._piece(text), *self._closed()]
+        return await self._end("")
 
     async def release(self) -> list[bytes]:
         """Return what is left of an answer that broke off; nothing is added to it."""
-        text = ""
-        for stage in self._stages if self._state.last else ():
-            text = await stage.feed(text) + await stage.release()
-        return [*self._piece(text), *self._closed()]
+        return await self._end(None)
 
     async def _edit(self, frame: bytes, chunk: Chunk) -> list[bytes]:
-        dialect, state = self._dialect, self._state
+        dialect, last = self._dialect, self._state.last
         if dialect.is_error(chunk):
             self._broken = True
-            return [*await self.release(), frame]
-        if state.last is not None and not self.whole and dialect.closes(chunk, state.last):
+            return [*await self.release(), self._settled(chunk, frame, frame)]
+        if last is not None and dialect.closes(chunk, last):
             self._closing.append((frame, chunk))
             return []
         finish, places = dialect.finish(chunk), dialect.places(chunk)
         if self.whole or not frame.endswith(b"\n"):  # nothing comes behind it
             finish = finish or ""
-        ended: list[bytes] = []
-        if self._closing or (finish is not None and not places):
-            text = await self._tail(finish or "")
-            ended = [*self._piece(text), *self._closed()]
-        swapped: bytes | None = frame
+        ends = self._closing or (finish is not None and not places)
+        ended = await self._end(finish or "") if ends else []
+        edited: bytes | None = frame
         for holder, key in places:
-            state.last, self._seen = chunk, True
-            old, new = holder[key], await self._feed(holder[key])
+            self._state.last = chunk
+            old = new = holder[key]
+            for stage in self._stages:
+                new = await stage.feed(new)
             if finish is not None and holder is places[-1][0]:
                 new += await self._tail(finish)
+                self._state.last = None
             if new != old:
-                swapped = dialect.swap(frame, old, new) if len(places) == 1 else None
-            holder[key] = new
-            self._note(chunk, new)
-        if finish is not None:
-            state.last = None
-        return [*ended, self._settled(chunk, frame, swapped)]
+                edited = dialect.swap(frame, old, new) if len(places) == 1 else None
+                holder[key] = new
+        return [*ended, self._settled(chunk, frame, edited)]
 
-    async def _feed(self, text: str) -> str:
-        for stage in self._stages:
-            text = await stage.feed(text)
-        return text
-
-    async def _tail(self, finish: str) -> str:
-        """Return what the stages add at the end of the text that is open."""
-        if self._state.last is None:
-            return ""
-        text = ""
-        for stage in self._stages:
-            stage.run.context.finish = finish
-            text = await stage.feed(text) + await stage.end()
-        return text + self._notice()
-
-    def _piece(self, text: str) -> list[bytes]:
-        """Return a new frame with text for the end of the open text, which it closes."""
+    async def _end(self, finish: str | None) -> list[bytes]:
+        """Close the open text: return a frame with its tail, and those that waited for it."""
+        frames, tail = [], await self._tail(finish)
         last, self._state.last = self._state.last, None
-        if not text or last is None:
-            return []
-        self._state.added += 1
-        chunk = self._dialect.piece(last, text)
-        chunk = self._dialect.numbered(chunk, self._state.number + self._state.added)
-        self._note(chunk, text)
-        return [self._dialect.encode(chunk)]
-
-    def _closed(self) -> list[bytes]:
-        frames = [self._settled(chunk, frame, frame) for frame, chunk in self._closing]
+        if last and tail:
+            self._state.added += 1
+            chunk = self._dialect.piece(last, tail)
+            chunk = self._dialect.numbered(chunk, self._state.number)
+            self._dialect.settle(chunk, self._state)
+            frames.append(self._dialect.encode(chunk))
+        frames += [self._settled(chunk, frame, frame) for frame, chunk in self._closing]
         self._closing.clear()
         return frames
+
+    async def _tail(self, finish: str | None) -> str:
+        """Return what the stages add at the end of the open text; None: it broke off."""
+        if self._state.last is None:
+            return ""
+        text, broken = "", finish is None
+        for stage in self._stages:
+            stage.run.context.finish = finish or ""
+            text = await stage.feed(text) + await stage.end(broken=broken)
+        return text if broken else text + self._notice()
 
     def _settled(self, chunk: Chunk, frame: bytes, edited: bytes | None) -> bytes:
         """Return `edited`, or where that is not enough the frame with the chunk as it is now."""
         if self._dialect.settle(chunk, self._state) or edited is None:
             return self._dialect.edit(frame, chunk)
         return edited
-
-    def _note(self, chunk: Chunk, text: str) -> None:
-        if key := chunk.get("item_id"):
-            self._state.said.setdefault(key, []).append(text)

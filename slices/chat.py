@@ -71,6 +71,7 @@ PAUSE = 0.2  # seconds behind its head after which a stream's own head does not 
 LONGEST = 300  # characters that /explain shows of a value without text: an image, say
 OLLAMA = Dialect()  # the dialect in which agents ask
 
+Spoken = str | AsyncIterator[str]  # a reply, whole or in pieces
 Trace = list[tuple[Run, bytes, bytes]]  # an agent's run, and the payload before and after it
 
 
@@ -87,14 +88,7 @@ def routes(
     """Return one route for each dialect; chats of more than `max_body` bytes are not read."""
     known = registry.plugins.__contains__
     grammars = Grammar(commands.prefix, known), Grammar("/", known)
-    parts = (
-        client,
-        registry,
-        metrics or Metrics(),
-        presets or Presets({}),
-        *grammars,
-        commands.prefix,
-    )
+    parts = client, registry, metrics or Metrics(), presets or Presets({}), *grammars
     chats = [Chat(dialect, *parts, chain, max_body) for dialect in DIALECTS]
     return [Route(chat.dialect.path, chat, name=chat.dialect.path) for chat in chats]
 
@@ -110,7 +104,6 @@ class Chat:
     presets: Presets
     typed: Grammar
     slashes: Grammar  # of the header and of presets
-    prefix: str
     chain: ChainConfig
     max_body: int
 
@@ -120,7 +113,7 @@ class Chat:
             turn = await self.read(scope, receive)
             if turn is None:
                 return await relay.forward(self.client, scope, receive, send)
-            await self.answer(turn, scope, send)
+            await self.answer(turn, send)
         except (errors.BadRequest, errors.NotAllowed, errors.Aborted, errors.UpstreamError) as exc:
             if turn:
                 turn.stop()  # an agent that has not run yet never will
@@ -128,6 +121,8 @@ class Chat:
         finally:
             if turn:
                 info(scope).agents = turn.summary()
+                for run in turn.runs + turn.inner:
+                    run.count()
 
     # 1. What does the request ask for?
 
@@ -194,20 +189,22 @@ class Chat:
             if self.typed.split(text)[1] != text:
                 return True
         if near := self.typed.near(text):
-            fields = {"hint": f"did you mean {self.prefix}{near}?"}
+            fields = {"hint": f"did you mean {self.typed.prefix}{near}?"}
             logger.info("no command", extra={"fields": fields})
         return False
 
     def check_guards(self, request: Payload) -> None:
         """Raise NotAllowed unless each guard is loaded and may edit the answer if it wants to."""
         for guard in self.registry.guards(self.presets.names(request["model"])):
-            if guard.agent is None or (guard.responds and not self.may_edit(guard, request)):
+            if guard.agent is None or (guard.responds and not self.may_edit(request, guard)):
                 raise refusal(guard)
 
-    def may_edit(self, plugin: Plugin, request: Payload) -> bool:
-        """Tell whether a plugin's response hooks leave the answer true."""
-        structured = self.dialect.is_structured(request) and not plugin.config.structured
-        return not (structured or has_logprobs(request))
+    def may_edit(self, request: Payload, plugin: Plugin | None = None) -> bool:
+        """Tell whether the answer stays true when its text changes, by a plugin that can say so."""
+        structured = self.dialect.is_structured(request) and not (
+            plugin and plugin.config.structured
+        )
+        return not (structured or request.get("logprobs") or request.get("top_logprobs"))
 
     def turn(
         self, turn: Turn, header: list[Command], standing: list[Command], always: list[Plugin]
@@ -266,22 +263,23 @@ class Chat:
 
     def help(self, name: str) -> str:
         plugins = self.registry.plugins
-        return help_text([plugins[name]] if name else plugins.values(), self.prefix)
+        return help_text([plugins[name]] if name else plugins.values(), self.typed.prefix)
 
     # 2. Run the request hooks, and get an answer
 
-    async def answer(self, turn: Turn, scope: Scope, send: Send) -> None:
+    async def answer(self, turn: Turn, send: Send) -> None:
         if turn.reply is None:
             await self.prepare(turn)
         if turn.reply is not None:
-            return await self.send_reply(turn, turn.reply, scope, send)
+            return await self.send_reply(turn, turn.reply, send)
         self.check_model(turn)
         body = dialects.dumps(self.dialect.write(turn.payload, turn.request))
-        headers = [p for p in relay.request_headers(scope, self.client) if p[0] not in REPLACED]
+        headers = relay.request_headers(turn.scope, self.client)
+        headers = [pair for pair in headers if pair[0] not in REPLACED]
         headers.append((b"accept-encoding", b"identity"))
-        target = relay.target_of(scope)
+        target = relay.target_of(turn.scope)
         async with aclosing(await self.client.forward("POST", target, headers, body)) as answer:
-            await self.send_answer(turn, answer, scope, send)
+            await self.send_answer(turn, answer, send)
 
     async def prepare(self, turn: Turn) -> None:
         """Run the request hooks: they change the payload, or reply. Raises Aborted."""
@@ -291,9 +289,11 @@ class Chat:
         except Reply as reply:
             turn.reply = reply.text
             trace += [(run, b"", b"") for run in turn.runs if run.outcome == "reply"]
+            for run in turn.runs:  # an agent whose request hook has not run edits nothing
+                run.due = run.due and (run.outcome == "ok" or not run.has("on_request"))
         if turn.explain:
-            said = None if turn.reply is None else "".join([p async for p in pieces(turn.reply)])
-            turn.say(await asyncio.to_thread(explanation, trace, turn.payload, said))
+            answer = None if turn.reply is None else await said(turn.reply)
+            turn.say(await asyncio.to_thread(explanation, trace, turn.payload, answer))
         elif turn.reply is None and turn.commands and is_bare(turn.payload):
             turn.say(self.help(turn.commands[0].name))
 
@@ -306,34 +306,28 @@ class Chat:
 
     # 3. Send the answer
 
-    async def send_answer(self, turn: Turn, answer: Answer, scope: Scope, send: Send) -> None:
+    async def send_answer(self, turn: Turn, answer: Answer, send: Send) -> None:
         """Relay Ollama's answer, edited where agents have a part in it."""
-        streams = self.dialect.wants_stream(turn.request)
-        editor = turn.editor(whole=not streams) if answer.status == 200 else None
-        if editor is None:
-            return await relay.relay(answer, scope, send, turn.headers())
-        if answer.header(b"content-encoding"):
+        editor = turn.editor()
+        is_zipped = bool(answer.header(b"content-encoding"))
+        if answer.status == 200 and is_zipped:
             editor.unread()
-            return await relay.relay(answer, scope, send, turn.headers())
-        batches = frames_of(answer, self.dialect) if streams else whole_of(answer)
+        if answer.status != 200 or is_zipped or editor.is_idle:
+            return await relay.relay(answer, turn.scope, send, turn.headers())
+        batches = whole_of(answer) if editor.whole else frames_of(answer, self.dialect)
         headers = [p for p in relay.response_headers(answer) if p[0] != b"content-length"]
-        info(scope).relayed = True
+        info(turn.scope).relayed = True
         flows = not (editor.guarded or await answer.arrives(PAUSE))
-        await self.send(turn, editor, headers, batches, scope, send, flows=flows)
+        await self.send(turn, editor, headers, batches, send, flows=flows)
 
-    async def send_reply(
-        self, turn: Turn, reply: str | AsyncIterator[str], scope: Scope, send: Send
-    ) -> None:
+    async def send_reply(self, turn: Turn, reply: Spoken, send: Send) -> None:
         """Send an answer that no model gave. What the proxy itself says no agent changes."""
         if self.dialect.is_structured(turn.request):
-            raise errors.BadRequest("".join([piece async for piece in pieces(reply)]))
-        streams = self.dialect.wants_stream(turn.request)
-        editor = turn.editor(whole=not streams) or Editor(
-            self.dialect, [], turn.request, str, whole=not streams
-        )
-        kind = self.dialect.stream_type if streams else self.dialect.whole_type
-        batches = reply_frames(self.dialect, turn.request, pieces(reply), streams=streams)
-        await self.send(turn, editor, [(b"content-type", kind)], batches, scope, send)
+            raise errors.BadRequest(await said(reply))
+        editor = turn.editor()
+        kind = self.dialect.whole_type if editor.whole else self.dialect.stream_type
+        batches = reply_frames(self.dialect, turn.request, reply, whole=editor.whole)
+        await self.send(turn, editor, [(b"content-type", kind)], batches, send)
 
     async def send(
         self,
@@ -341,7 +335,6 @@ class Chat:
         editor: Editor,
         headers: Headers,
         batches: AsyncIterator[list[bytes]],
-        scope: Scope,
         send: Send,
         *,
         flows: bool = False,
@@ -384,7 +377,7 @@ class Chat:
                 done += await editor.release()
                 await flush()
                 raise errors.BrokenAnswer(str(exc)) from exc
-            error = dialects.error_object(scope["path"], exc.status, str(exc))
+            error = dialects.error_object(turn.scope["path"], exc.status, str(exc))
             done.append(self.dialect.encode_error(error))  # the status is long gone
         if not started:
             await flush()
@@ -400,14 +393,12 @@ class Chat:
         inner = self.guarded_turn(turn, body)
         await self.prepare(inner)
         if inner.reply is not None:
-            text = "".join([piece async for piece in pieces(inner.reply)])
-            return OLLAMA.whole(OLLAMA.head(body), text)
+            return OLLAMA.whole(OLLAMA.head(body), await said(inner.reply))
         if texts is not None:
             seen = [text_of(message) for message in inner.payload.pop("messages")]
             return await self.client.ask(path, inner.payload | {"input": seen})
         answer = await self.client.ask(path, inner.payload)
-        editor = inner.editor(whole=True)
-        return dialects.loads((await editor.edit(dialects.dumps(answer)))[0]) if editor else answer
+        return dialects.loads((await inner.editor().edit(dialects.dumps(answer)))[0])
 
     async def listen(self, turn: Turn, body: Payload) -> AsyncIterator[str]:
         """Ask as `ask` does, and yield the pieces of the text."""
@@ -417,7 +408,7 @@ class Chat:
             async for piece in pieces(inner.reply):
                 yield piece
             return
-        editor = inner.editor(whole=False) or Editor(OLLAMA, [], body, str, whole=False)
+        editor = inner.editor()
         async with aclosing(await self.client.stream("/api/chat", inner.payload)) as answer:
             async for frames in frames_of(answer, OLLAMA):
                 for edited in [each for frame in frames for each in await editor.edit(frame)]:
@@ -436,6 +427,7 @@ class Chat:
             guards = self.registry.guards(self.presets.names(body["model"]))
             for guard in sorted(guards, key=order):
                 inner.enlist(guard, arguments_of(guard, None), None, guards)
+            turn.inner += inner.runs
         return inner
 
 
@@ -451,10 +443,11 @@ class Turn:
     commands: list[Command] = field(default_factory=list)  # each agent once
     asked: set[str] = field(default_factory=set)  # names that the client itself gave
     runs: list[Run] = field(default_factory=list)  # always-on agents first
+    inner: list[Run] = field(default_factory=list)  # guards of what the agents ask
     prompt: str = ""  # what the user typed, without commands
     continuation: bool = False
     explain: bool = False  # the client wants to see what the agents do
-    reply: str | AsyncIterator[str] | None = None  # an answer without the model
+    reply: Spoken | None = None  # an answer without the model
     state: dict[str, Any] = field(default_factory=dict)  # shared by the agents
 
     def say(self, text: str) -> None:
@@ -504,7 +497,7 @@ class Turn:
         it and close in reverse; always-on ones with response hooks alone come behind those.
         """
         due = [r for r in self.runs if r.due and r.plugin.responds]
-        due = [r for r in due if self.chat.may_edit(r.plugin, self.request)]
+        due = [r for r in due if self.chat.may_edit(self.request, r.plugin)]
         inner = [r for r in reversed(due) if r.agent.innermost]
         end = [r for r in reversed(due) if r.agent.last and not r.agent.innermost]
         rest = [r for r in due if not (r.agent.innermost or r.agent.last)]
@@ -513,14 +506,12 @@ class Turn:
         always = [r for r in pipe if r.plugin.config.always]
         return [*inner, *(r for r in pipe if r not in always), *wraps, *always, *end]
 
-    def editor(self, *, whole: bool) -> Editor | None:
-        """Return an editor for the answer, or None where it stays as it is."""
-        dialect, runs = self.chat.dialect, self.responding()
-        prose = not (dialect.is_structured(self.request) or has_logprobs(self.request))
-        notice = self.notice if self.chat.chain.notice and prose else str
-        if not runs and not notice() and not dialect.echoes(self.request):
-            return None
-        stages = [Stage(run, whole=whole) for run in runs]
+    def editor(self) -> Editor:
+        """Return what edits the answer, or the reply."""
+        dialect, whole = self.chat.dialect, not self.chat.dialect.wants_stream(self.request)
+        noticed = self.chat.chain.notice and self.chat.may_edit(self.request)
+        stages = [Stage(run, whole=whole) for run in self.responding()]
+        notice = self.notice if noticed else str
         return Editor(dialect, stages, self.request, notice, whole=whole)
 
     def notice(self) -> str:
@@ -558,22 +549,14 @@ async def run_requests(turn: Turn, trace: Trace) -> Payload:
     """
     for run in turn.runs:
         run.metrics.activated(run.plugin.name)
-    body = dialects.dumps(turn.payload)
-    waiting = groups(turn.runs)
-    accept = partial(encoded, turn)
-    while waiting:
-        try:
-            if len(waiting[0]) == 1:
-                left = await ask(waiting[0][0], body, accept)
-                trace.append((waiting[0][0], body, left))
-            else:
-                left = await ask_together(waiting[0], body, accept, trace)
-        except Reply:
-            for run in (run for group in waiting for run in group):
-                run.due = False
-            raise
-        body = left
-        del waiting[0]
+    body, accept = dialects.dumps(turn.payload), partial(encoded, turn)
+    for group in groups(turn.runs):
+        if len(group) > 1:
+            body = await ask_together(group, body, accept, trace)
+        else:
+            left = await ask(group[0], body, accept)
+            trace.append((group[0], body, left))
+            body = left
     payload: Payload = json.loads(body)
     return payload
 
@@ -680,7 +663,7 @@ async def whole_of(answer: Answer) -> AsyncIterator[list[bytes]]:
     yield [b"".join([data async for data in answer])]
 
 
-async def pieces(reply: str | AsyncIterator[str]) -> AsyncIterator[str]:
+async def pieces(reply: Spoken) -> AsyncIterator[str]:
     """Yield a reply piece by piece, a text word by word."""
     if isinstance(reply, str):
         for word in dialects.words(reply):
@@ -690,24 +673,27 @@ async def pieces(reply: str | AsyncIterator[str]) -> AsyncIterator[str]:
             yield piece
 
 
+async def said(reply: Spoken) -> str:
+    return "".join([piece async for piece in pieces(reply)])
+
+
 async def reply_frames(
-    dialect: Dialect, request: Payload, spoken: AsyncIterator[str], *, streams: bool
+    dialect: Dialect, request: Payload, reply: Spoken, *, whole: bool
 ) -> AsyncIterator[list[bytes]]:
     """Yield the frames of a reply, with every event that the dialect's clients wait for."""
     head = dialect.head(request)
-    if not streams:
-        text = "".join([piece async for piece in spoken])
-        yield [dialect.encode_whole(dialect.whole(head, text))]
+    if whole:
+        yield [dialect.encode_whole(dialect.whole(head, await said(reply)))]
         return
     chunks = dialect.speech(head, "word")
     at = next(n for n, chunk in enumerate(chunks) if dialect.places(chunk))
-    said: list[str] = []
+    spoken: list[str] = []
     yield [*map(dialect.encode, chunks[:at])]
-    async for piece in spoken:
+    async for piece in pieces(reply):
         chunk = dialect.piece(chunks[at], piece)
-        yield [dialect.encode(dialect.numbered(chunk, at + len(said)))]
-        said.append(piece)
-    rest = enumerate(dialect.speech(head, "".join(said))[at + 1 :], at + len(said))
+        yield [dialect.encode(dialect.numbered(chunk, at + len(spoken)))]
+        spoken.append(piece)
+    rest = enumerate(dialect.speech(head, "".join(spoken))[at + 1 :], at + len(spoken))
     yield [*(dialect.encode(dialect.numbered(chunk, n)) for n, chunk in rest), dialect.done()]
 
 
@@ -735,10 +721,6 @@ def unique(commands: Sequence[Command]) -> list[Command]:
     last = {command.name: command for command in commands}
     first = {command.name: command for command in reversed(commands)}
     return [replace(first[name], arguments=last[name].arguments) for name in last]
-
-
-def has_logprobs(request: Payload) -> bool:
-    return bool(request.get("logprobs") or request.get("top_logprobs"))
 
 
 def is_list(value: Any) -> bool:

@@ -16,6 +16,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
+from json.encoder import encode_basestring
 from typing import Any, NoReturn
 
 from kernel.agent import Message, Payload
@@ -39,7 +40,7 @@ def dumps(value: Any) -> bytes:
 
     Raises ValueError for NaN and infinity, TypeError for values that JSON does not have.
     """
-    text = ENCODER.encode(value)
+    text = encode_basestring(value) if type(value) is str else ENCODER.encode(value)
     if not text.isascii() or "\x7f" in text:
         text = UNSAFE.sub(lambda found: f"\\u{ord(found[0]):04x}", text)
     return text.encode()
@@ -47,7 +48,9 @@ def dumps(value: Any) -> bytes:
 
 def loads(data: bytes) -> Any:
     """Decode strict JSON: UTF-8 without BOM, no NaN. Raises ValueError and RecursionError."""
-    return DECODER.decode(data.decode())
+    text = data.decode().strip(" \t\n\r")  # `decode` looks for white space with two regexes
+    value, end = DECODER.raw_decode(text)
+    return value if end == len(text) else DECODER.decode(text)
 
 
 def loads_once(data: bytes) -> Any:
@@ -65,8 +68,8 @@ def finite(text: str) -> float:
 
 
 def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    table = dict(pairs)
-    return table if len(table) == len(pairs) else reject("a key that stands twice")
+    found = dict(pairs)
+    return found if len(found) == len(pairs) else reject("a key that stands twice")
 
 
 # Made once: json.dumps and json.loads make a new one for each call with options.
@@ -97,7 +100,9 @@ class Dialect:
     whole_type = JSON_UTF8
     streams_unasked = True  # what a request without `stream` gets
     takes_parts = False  # a message's content may be a list
+    echoes = False  # an answer repeats what the client sent, which agents may have changed
     end = re.compile(rb"\n")  # of a frame
+    bare = re.compile(rb"\s*")  # a frame that holds no JSON
 
     # Frames
 
@@ -113,10 +118,6 @@ class Dialect:
         except (ValueError, RecursionError):
             return None
         return chunk if isinstance(chunk, dict) else None
-
-    def has_json(self, frame: bytes) -> bool:
-        """Tell whether a frame should hold JSON: a blank line or a comment does not."""
-        return bool(frame.strip())
 
     def edit(self, frame: bytes, chunk: Chunk) -> bytes:
         """Return a frame with `chunk` in the place of its JSON."""
@@ -175,16 +176,15 @@ class Dialect:
 
     # The answer
 
+    def message(self, chunk: Chunk) -> Message:
+        return table(chunk.get("message"))
+
     def places(self, chunk: Chunk) -> list[Place]:
         """Return where new text stands in a frame, or in a whole answer."""
-        return place_in(chunk.get("message"), "content")
+        return place_in(self.message(chunk), "content")
 
     def is_error(self, chunk: Chunk) -> bool:
         return "error" in chunk
-
-    def echoes(self, request: Payload) -> bool:
-        """Tell whether an answer repeats what the client sent, which agents may have changed."""
-        return False
 
     def closes(self, chunk: Chunk, last: Chunk) -> bool:
         """Tell whether a frame closes the text of `last` and a later one says how it finished."""
@@ -194,8 +194,7 @@ class Dialect:
         """Return how the answer finished (stop, length, ...) in a frame that ends text, or None."""
         if chunk.get("done") is True:
             return str(chunk.get("done_reason") or "")
-        message = chunk.get("message")
-        return "tool_calls" if isinstance(message, dict) and message.get("tool_calls") else None
+        return "tool_calls" if self.message(chunk).get("tool_calls") else None
 
     def piece(self, last: Chunk, text: str) -> Chunk:
         """Return a new frame that says `text` and nothing else, after the frame `last`."""
@@ -214,13 +213,12 @@ class Dialect:
 
     def head(self, request: Payload) -> Chunk:
         """Return what all frames of a reply have in common."""
-        now = datetime.now(UTC).isoformat().replace("+00:00", "Z")
+        now = f"{datetime.now(UTC):%Y-%m-%dT%H:%M:%S.%fZ}"
         return {"model": request["model"], "created_at": now}
 
     def speech(self, head: Chunk, text: str) -> list[Chunk]:
         """Return the frames of a streamed reply that says `text` in one of them."""
-        message = {"role": "assistant", "content": text}
-        return [head | {"message": message, "done": False}, self.whole(head, "")]
+        return [self.piece(head, text), self.whole(head, "")]
 
     def whole(self, head: Chunk, text: str) -> Chunk:
         message = {"role": "assistant", "content": text}
@@ -246,12 +244,8 @@ class SSE(Dialect):
     bare = re.compile(rb"(?:(?::|event:|id:|retry:)[^\n]*+|\s)*+(?:data:[ ]?\[DONE\]\s*)?")
 
     def span(self, frame: bytes) -> tuple[int, int]:
-        lines = list(self.data.finditer(frame))
-        # A whole answer has no such line; an event of several lines Ollama never sends.
-        return lines[0].span(1) if len(lines) == 1 else super().span(frame)
-
-    def has_json(self, frame: bytes) -> bool:
-        return not self.bare.fullmatch(frame)
+        line = self.data.search(frame)  # a whole answer has no such line, an event has one
+        return line.span(1) if line else super().span(frame)
 
     def encode(self, chunk: Chunk) -> bytes:
         return b"event: %s\ndata: %s\n\n" % (chunk["type"].encode(), dumps(chunk))
@@ -260,10 +254,14 @@ class SSE(Dialect):
         return dumps(chunk) + b"\n"
 
 
-def place_in(holder: Any, key: str) -> list[Place]:
+def place_in(holder: dict[str, Any], key: str) -> list[Place]:
     """Return the place in an object if text that is not empty stands under the key."""
-    found = isinstance(holder, dict) and isinstance(holder.get(key), str) and holder[key]
-    return [(holder, key)] if found else []
+    return [(holder, key)] if isinstance(holder.get(key), str) and holder[key] else []
+
+
+def table(value: Any) -> dict[str, Any]:
+    """Return an object as it is, and anything else as an empty one."""
+    return value if isinstance(value, dict) else {}
 
 
 def check_message(message: Any, *, parts: bool) -> None:
@@ -271,12 +269,12 @@ def check_message(message: Any, *, parts: bool) -> None:
     if not isinstance(message, dict) or misspelt(message):
         raise ValueError("a message must be an object with keys in lower case")
     content = message.get("content")
-    if not isinstance(content, str | list | None) or (isinstance(content, list) and not parts):
+    if not isinstance(content, str | list | None if parts else str | None):
         kinds = "text or a list of parts" if parts else "text in this dialect"
         raise ValueError(f"a message's content must be {kinds}, not {type(content).__name__}")
     for part in content if isinstance(content, list) else ():
-        text = part.get("text", "") if isinstance(part, dict) else 0
-        if not isinstance(text, str | None) or misspelt(part):
+        readable = isinstance(part, dict) and isinstance(part.get("text"), str | None)
+        if not readable or misspelt(part):
             raise ValueError("a part of a message must be an object, and its text a string")
 
 
@@ -288,13 +286,13 @@ def misspelt(table: Payload) -> bool:
 
 def split_lead(messages: list[Message], body: Sequence[Any]) -> tuple[list[Message], list[Message]]:
     """Split off the system messages at the front that do not stand in the body's own list."""
-    count = leading(messages) - leading(body)
-    return messages[: max(count, 0)], messages[max(count, 0) :]
+    count = max(0, leading(messages) - leading(body))
+    return messages[:count], messages[count:]
 
 
 def leading(messages: Sequence[Any]) -> int:
     """Count the system messages at the front."""
-    roles = [m.get("role") if isinstance(m, dict) else None for m in messages]
+    roles = [table(message).get("role") for message in messages]
     return next((n for n, role in enumerate(roles) if role != "system"), len(roles))
 
 
@@ -311,17 +309,15 @@ class FrameSplitter:
     def __init__(self, end: re.Pattern[bytes]) -> None:
         self._end = end
         self._buffer = bytearray()
-        self._searched = 0
 
     def feed(self, data: bytes) -> list[bytes]:
         """Return the frames that `data` completes, each with its end."""
+        cut, frames, searched = 0, [], max(0, len(self._buffer) - self.OVERLAP)
         self._buffer += data
-        cut, frames = 0, []
-        for found in self._end.finditer(self._buffer, self._searched):
+        for found in self._end.finditer(self._buffer, searched):
             frames.append(bytes(self._buffer[cut : found.end()]))
             cut = found.end()
         del self._buffer[:cut]
-        self._searched = max(0, len(self._buffer) - self.OVERLAP)
         return frames
 
     def rest(self) -> bytes:
@@ -330,13 +326,8 @@ class FrameSplitter:
 
 
 OPENAI_ERRORS = {400: "invalid_request_error", 404: "not_found_error"}
-ANTHROPIC_ERRORS = OPENAI_ERRORS | {
-    401: "authentication_error",
-    403: "permission_error",
-    429: "rate_limit_error",
-    503: "overloaded_error",
-    529: "overloaded_error",
-}
+ANTHROPIC_ERRORS = OPENAI_ERRORS | {401: "authentication_error", 403: "permission_error"}
+ANTHROPIC_ERRORS |= {429: "rate_limit_error", 503: "overloaded_error", 529: "overloaded_error"}
 
 
 def error_object(path: str, status: int, message: str) -> dict[str, Any]:

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from datetime import UTC, datetime
-from typing import Any
 
-from kernel.agent import Payload
-from kernel.dialects import SSE, Chunk, Place, dumps, place_in
+from kernel.agent import Message, Payload
+from kernel.dialects import SSE, Chunk, dumps, table
 
 USAGE = {"prompt_tokens": 0, "completion_tokens": 0, "total_tokens": 0}  # of a reply of our own
 
@@ -22,22 +21,16 @@ class Completions(SSE):
 
     def is_structured(self, payload: Payload) -> bool:
         form = payload.get("response_format")
-        return bool(form) and not (isinstance(form, dict) and form.get("type") == "text")
+        return bool(form) and table(form).get("type") != "text"
 
-    def choice(self, chunk: Chunk) -> dict[str, Any]:
-        choices = chunk.get("choices")
-        for choice in choices if isinstance(choices, list) else []:
-            if isinstance(choice, dict) and choice.get("index", 0) == 0:
-                return choice
-        return {}
+    def choice(self, chunk: Chunk) -> Chunk:
+        """Return the first choice, or an empty one."""
+        choices: list[Chunk] = chunk.get("choices") or []
+        return next((choice for choice in choices if choice.get("index", 0) == 0), {})
 
-    def message(self, chunk: Chunk) -> dict[str, Any]:
+    def message(self, chunk: Chunk) -> Message:
         choice = self.choice(chunk)
-        message = choice.get("delta", choice.get("message"))
-        return message if isinstance(message, dict) else {}
-
-    def places(self, chunk: Chunk) -> list[Place]:
-        return place_in(self.message(chunk), "content")
+        return table(choice.get("delta") or choice.get("message"))
 
     def is_error(self, chunk: Chunk) -> bool:
         # An empty model is how Ollama hides an error in a stream (middleware/openai.go)
@@ -45,11 +38,10 @@ class Completions(SSE):
 
     def finish(self, chunk: Chunk) -> str | None:
         choice = self.choice(chunk)
-        if reason := choice.get("finish_reason"):
-            return str(reason)
-        if self.message(chunk).get("tool_calls"):
-            return "tool_calls"
-        return None if choice else ""  # without a choice: the usage, which stands behind all text
+        if not choice:
+            return ""  # the usage, which stands behind all text
+        reason: str | None = choice.get("finish_reason")
+        return reason or super().finish(chunk)
 
     def piece(self, last: Chunk, text: str) -> Chunk:
         choice = {key: value for key, value in self.choice(last).items() if key != "logprobs"}
@@ -57,21 +49,18 @@ class Completions(SSE):
         return last | {"choices": [choice | {"delta": {"content": text}, "finish_reason": None}]}
 
     def head(self, request: Payload) -> Chunk:
-        now, options = datetime.now(UTC), request.get("stream_options")
+        now = datetime.now(UTC)
         head: Chunk = {"id": f"chatcmpl-{now:%f}", "object": "chat.completion.chunk"}
         head |= {"created": int(now.timestamp()), "model": request["model"]}
-        counts = isinstance(options, dict) and options.get("include_usage")
+        counts = table(request.get("stream_options")).get("include_usage")
         return head | ({"usage": USAGE} if counts else {})
 
     def speech(self, head: Chunk, text: str) -> list[Chunk]:
         top = {key: value for key, value in head.items() if key != "usage"}
-        steps = (
-            ({"role": "assistant", "content": ""}, None),
-            ({"content": text}, None),
-            (dict[str, str](), "stop"),
-        )
-        choices = [{"index": 0, "delta": delta, "finish_reason": end} for delta, end in steps]
-        chunks = [top | {"choices": [choice]} for choice in choices]
+        begun = {"index": 0, "delta": {"role": "assistant", "content": ""}, "finish_reason": None}
+        ended = {"index": 0, "delta": {}, "finish_reason": "stop"}
+        first = top | {"choices": [begun]}
+        chunks = [first, self.piece(first, text), top | {"choices": [ended]}]
         return [*chunks, head | {"choices": []}] if "usage" in head else chunks
 
     def whole(self, head: Chunk, text: str) -> Chunk:

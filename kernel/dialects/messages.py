@@ -10,7 +10,7 @@ from __future__ import annotations
 import secrets
 
 from kernel.agent import Message, Payload
-from kernel.dialects import SSE, Chunk, Place, place_in, split_lead
+from kernel.dialects import SSE, Chunk, Place, place_in, split_lead, table
 
 FINISHES = {"end_turn": "stop", "stop_sequence": "stop", "max_tokens": "length"}
 FINISHES |= {"tool_use": "tool_calls"}
@@ -32,32 +32,24 @@ class Messages(SSE):
 
     def write(self, payload: Payload, body: Payload) -> Payload:
         self.check(payload)
-        if not payload.get("messages"):
-            return payload
-        lead, rest = split_lead(payload["messages"], body["messages"])
-        system = {"system": joined([message.get("content") or "" for message in lead])}
-        return payload | {"messages": rest} | (system if lead else {})
+        lead, rest = split_lead(payload.get("messages") or [], body.get("messages") or [])
+        system = joined([message.get("content") or "" for message in lead])
+        return payload | {"messages": rest, "system": system} if lead else payload
 
     def is_load(self, payload: Payload) -> bool:
         # An empty message is dropped before Ollama looks whether there is one (anthropic.go)
-        return not any(message.get("content") for message in payload.get("messages") or [])
+        return not any(table(m).get("content") for m in payload.get("messages") or [])
 
     def is_structured(self, payload: Payload) -> bool:
-        config = payload.get("output_config")
-        form = config.get("format") if isinstance(config, dict) else None
+        form = table(payload.get("output_config")).get("format")
         return bool(form or payload.get("output_format"))
 
     def places(self, chunk: Chunk) -> list[Place]:
-        if chunk.get("type") == "content_block_delta":
-            delta = chunk.get("delta")
-            is_text = isinstance(delta, dict) and delta.get("type") == "text_delta"
-            return place_in(delta, "text") if is_text else []
-        blocks = chunk.get("content") if chunk.get("type") == "message" else None
-        texts = [block for block in blocks or [] if block.get("type") == "text"]
-        return [place for block in texts for place in place_in(block, "text")]
-
-    def is_error(self, chunk: Chunk) -> bool:
-        return chunk.get("type") == "error" or "error" in chunk
+        holders = [chunk["delta"]] if chunk.get("type") == "content_block_delta" else []
+        if chunk.get("type") == "message":
+            holders = chunk["content"] or []
+        texts = [holder for holder in holders if holder["type"] in ("text", "text_delta")]
+        return [place for holder in texts for place in place_in(holder, "text")]
 
     def closes(self, chunk: Chunk, last: Chunk) -> bool:
         stops = chunk.get("type") == "content_block_stop"
@@ -65,13 +57,12 @@ class Messages(SSE):
 
     def finish(self, chunk: Chunk) -> str | None:
         kind = chunk.get("type")
-        if kind in ("message_delta", "message"):
-            holder = chunk["delta"] if kind == "message_delta" else chunk
-            reason = str(holder.get("stop_reason") or "")
-            return FINISHES.get(reason, reason)
         if kind == "content_block_start":  # another block begins: text before it has ended
             return "tool_calls" if chunk["content_block"].get("type") == "tool_use" else None
-        return None
+        if kind not in ("message_delta", "message"):
+            return None
+        reason = str(chunk.get("delta", chunk).get("stop_reason") or "")
+        return FINISHES.get(reason, reason)
 
     def piece(self, last: Chunk, text: str) -> Chunk:
         return last | {"delta": {"type": "text_delta", "text": text}}
@@ -100,8 +91,7 @@ def joined(contents: list[str | list[Message]]) -> str | list[Message]:
     if all(isinstance(content, str) for content in contents):
         return "\n\n".join(map(str, contents))
     blocks: list[Message] = []
-    for n, content in enumerate(contents):
-        end = "\n\n" if n < len(contents) - 1 else ""  # Ollama joins blocks with nothing
-        texts = [{"type": "text", "text": content + end}] if isinstance(content, str) else content
-        blocks += texts
+    for content in contents:  # Ollama joins blocks with nothing
+        text = [{"type": "text", "text": f"{content}\n\n"}]
+        blocks += text if isinstance(content, str) else content
     return blocks

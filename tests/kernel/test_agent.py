@@ -16,8 +16,8 @@ REMINDER = "<system-reminder>\nx\n</system-reminder>\n"
 RESULT = {"type": "tool_result", "tool_use_id": "t", "content": "rain"}
 
 
-def text(content: str, kind: str = "text", **fields: Any) -> dict[str, Any]:
-    return {"type": kind, "text": content, **fields}
+def text(content: str, **fields: Any) -> dict[str, Any]:
+    return {"type": "text", "text": content, **fields}
 
 
 def chat(*messages: tuple[str, Any]) -> dict[str, Any]:
@@ -38,8 +38,9 @@ CONTENTS: list[tuple[Any, str, Any, Any]] = [
      [text(REMINDER), CACHED | {"text": "C\n\nq"}]),
     ([text("q"), text(REMINDER)], f"q\n\n{REMINDER}", [text("N")],
      [text("C\n\nq"), text(REMINDER)]),
+    ([text("a") | {"type": "output_text"}], "a", [text("N") | {"type": "output_text"}],
+     [text("C\n\na") | {"type": "output_text"}]),
     ([RESULT, text("and?")], "and?", [RESULT, text("N")], [RESULT, text("C\n\nand?")]),
-    ([text("a", "input_text")], "a", [text("N", "input_text")], [text("C\n\na", "input_text")]),
 ]  # fmt: skip
 TAILS = [  # what may follow the last message of the user
     [],

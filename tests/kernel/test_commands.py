@@ -32,7 +32,8 @@ def spelled(commands: list[Command]) -> str:
 
 
 TEXTS = """/etc/passwd|/shrug|/rag, no|/rag/x|/ rag|x /rag|/ragtime|| \u200b|  spaces stay |/|//
-|/help me|/explain x|/explain&/rag x|/explain:1 /rag|/rag&/nope x|/rag&/help|/rag& /rag|/rag&&/rag x
+|/help me|/help rag now|/helpful|help|/explain x|/explain&/rag x|/explain:1 /rag
+|/rag&/nope x|/rag&/help|/rag& /rag|/rag&&/rag x
 |//unknown|//rag.example.org/x|///rag|/translate:"open x|/rag:'tis x|/rag:"a"b x"""
 
 
@@ -52,7 +53,12 @@ TEXTS = """/etc/passwd|/shrug|/rag, no|/rag/x|/ rag|x /rag|/ragtime|| \u200b|  s
         *(("/rag /rag&/nope x", "rag", "/rag&/nope x"), ("/rag /help x", "rag", "/help x")),
         *(("/explain /rag /x", "explain rag", "/x"), ("/rag /explain x", "rag", "/explain x")),
         ("/rag /EXPLAIN\n/rag x", "rag explain rag", "x"),
-        *(("/help", "help", ""), (" ／ＨＥＬＰ /Rag\n", "help:rag", ""), ("//help", "", "/help")),
+        *((text, "help", "") for text in ("/help", " /HELP\n")),
+        *(
+            (t, "help:rag", "")
+            for t in ("/help rag", "／ＨＥＬＰ /Rag\n", "/help:rag", "/help\u200b／rag")
+        ),
+        ("//help", "", "/help"),
         *(("//rag&/nope", "", "/rag&/nope"), (" //rag:k=2 is", "", "/rag:k=2 is")),
         ("/rag //rag x", "rag", "/rag x"),
         ("/rag:" + "a," * 20 + " x", "", "/rag:" + "a," * 20 + " x"),
@@ -87,18 +93,6 @@ def test_quotes_of_every_language_hold_spaces_and_signs(pair: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("texts", "about"),
-    [
-        (["/help", " /HELP\n"], ""),
-        (["/help rag", "/help /Rag ", "/help:rag", "／help\u200b／rag"], "rag"),
-        (["/help unknown", "/help rag now", "/helpful", "help", "/rag", "//help"], None),
-    ],
-)
-def test_help_is_wanted_alone_or_before_one_name(texts: list[str], about: str | None) -> None:
-    assert [GRAMMAR.help_wanted(text) for text in texts] == [about] * len(texts)
-
-
-@pytest.mark.parametrize(
     ("words", "name"),
     [
         (["/rga", "/rg", "/ragg", "/rog", " ／ＲＡＣ"], "rag"),
@@ -116,7 +110,7 @@ def test_without_a_prefix_nothing_typed_is_a_command(text: str) -> None:
     grammar = Grammar("", KNOWN.__contains__)
 
     assert grammar.split(text) == ([], text)
-    assert grammar.help_wanted(text) is grammar.near(text) is None
+    assert grammar.near(text) is None
 
 
 @pytest.mark.parametrize("prefix", ["!", "！", "$", "::", "\\", "^", "-", "]"])
@@ -179,7 +173,6 @@ DEFAULTS = {"k": 4, "name": "", "exact": False, "limit": 0.5, "maxAge": 1}
         (",3,", {"k": 3}),
         ('name="a, b",limit=2', {"name": "a, b", "limit": 2.0}),
         ("name='it's'", {"name": "it's"}),
-        ("k=1,name=„open, x", {"k": 1, "name": "„open, x"}),
         ("exact=ＯＦＦ,limit=-1e3", {"exact": False, "limit": -1000.0}),
         ("name=", {"name": ""}),
     ],
@@ -196,7 +189,7 @@ KEYS = "known are: k, name, exact, limit, maxAge"
     [
         ("k=many", "k must be a whole number, not 'many'"),
         ("k=", "k must be a whole number, not ''"),
-        ("k=1" + "0" * 18, "k must have at most 18 digits, not '1000000000000000000'"),
+        ("k=1" + "0" * 18, "k must be a whole number, not '1000000000000000000'"),
         ("k=" + "9" * 5000, "k must be a whole number, not '" + "9" * 60 + "'"),
         *((f"limit={x}", f"limit must be a number, not '{x}'") for x in ("nan", "-inf", "1e999")),
         ("exact=perhaps", "exact must be true or false, not 'perhaps'"),

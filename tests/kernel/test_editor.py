@@ -176,6 +176,17 @@ async def test_where_ollama_breaks_off_or_hides_an_error_held_text_leaves_as_it_
     assert got == b"".join([*expected, *([error, done()] if error else [])])
 
 
+async def test_an_error_is_numbered_behind_the_text_that_was_held(agents: House) -> None:
+    error = b'event: error\ndata: {"type":"error","sequence_number":%d}\n\n'
+    agents.ollama.answers(*frames(RESPONSES, "a")[:5], error % 5)
+
+    body = await stream(agents, RESPONSES, "/holds q")
+
+    assert (
+        said(body) == "a" and body.endswith(error % 6) and body.count(b'"sequence_number":5') == 1
+    )
+
+
 JSON = {"type": "json_object"}
 
 
