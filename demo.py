@@ -89,8 +89,8 @@ def create_app(pace: float = 0.0) -> Starlette:
     routes = [
         _route("HEAD GET", "/", lambda _: Response("Ollama is running", media_type="text/plain")),
         _route("HEAD GET", "/api/version", lambda _: native({"version": VERSION})),
-        _route("HEAD GET", "/api/tags", ollama.tags),
-        _route("GET", "/api/ps", ollama.ps),
+        _route("HEAD GET", "/api/tags", lambda _: native({"models": ollama.all("$card")})),
+        _route("GET", "/api/ps", lambda _: native({"models": ollama.all("$loaded")})),
         _route("POST", "/api/show", ollama.show),
         _route("POST", "/api/create", ollama.create),
         _route("DELETE", "/api/delete", ollama.delete),
@@ -98,7 +98,7 @@ def create_app(pace: float = 0.0) -> Starlette:
         _route("GET", "/v1/models/{model}", ollama.v1_model),
     ]
     routes += [_route("POST", path, partial(ollama.embed, path)) for path in EMBEDDERS]
-    routes += [_route("POST", path, partial(ollama.chat, path)) for path in READERS]
+    routes += [_route("POST", path, partial(ollama.chat, path)) for path in CHATS]
     app = Starlette(routes=routes, exception_handlers={Refused: _refused, 404: _plain, 405: _plain})
     app.router.redirect_slashes = False
     return app
@@ -158,11 +158,8 @@ class Ollama:
             filled |= value if key.startswith("...") else {key: value}
         return filled
 
-    def tags(self, body: Json) -> Response:
-        return native({"models": [self.fill("$card", model) for model in self.models.values()]})
-
-    def ps(self, body: Json) -> Response:
-        return native({"models": [self.fill("$loaded", model) for model in self.models.values()]})
+    def all(self, shape: str) -> list[Json]:
+        return [self.fill(shape, model) for model in self.models.values()]
 
     def show(self, body: Json) -> Response:
         model = self.find(full(named(body)))
@@ -189,8 +186,7 @@ class Ollama:
         return Response()
 
     def v1_models(self, body: Json) -> Response:
-        data = [self.fill("$v1_card", model) for model in self.models.values()]
-        return v1({"object": "list", "data": data})
+        return v1({"object": "list", "data": self.all("$v1_card")})
 
     def v1_model(self, body: Json) -> Response:
         return v1(self.fill("$v1_card", self.find(full(body["model"])) | {"$name": body["model"]}))
@@ -208,8 +204,8 @@ class Ollama:
         return v1(reply) if path == "/v1/embeddings" else native(reply)
 
     def chat(self, path: str, body: Json) -> Response:
-        """Answer on any of the paths of READERS, streamed or whole."""
-        said, own = READERS[path](body), path.startswith("/api/")
+        """Answer on any of the paths of CHATS, streamed or whole."""
+        said, own = read(path, body), path.startswith("/api/")
         unload = own and not said and body.get("keep_alive") in (0, "0", "0s", "0m")
         model = self.find(named(body))
         if not unload and "completion" not in model["$capabilities"]:
@@ -244,7 +240,7 @@ class Ollama:
 
         if path.startswith("/api/"):
             return StreamingResponse(paced(), headers={"content-type": "application/x-ndjson"})
-        cache = {"cache-control": "no-cache"} if path in ("/v1/messages", "/v1/responses") else {}
+        cache = {"cache-control": "no-cache"} if path in BLOCKS else {}
         return StreamingResponse(paced(), headers={**cache, "content-type": "text/event-stream"})
 
 
@@ -260,7 +256,8 @@ def compose(body: Json, said: Said, parameters: Json) -> tuple[list[str], str, s
     """Return the words of an answer, the name of the tool that it calls, and why it ends."""
     if not said:
         return [], "", "load"
-    if body.get("tools") and asks_for_a_tool(said):
+    asked = "".join([text for role, text in said if role == "user"][-1:])
+    if body.get("tools") and said[-1][0] != "tool" and re.search(r"(?i)\btool\b", asked):
         tool = body["tools"][0]
         return [], tool.get("function", tool)["name"], "stop"
     text = "I am the demo model. I was sent:" + "".join(f"\n[{role}] {text}" for role, text in said)
@@ -274,92 +271,66 @@ def compose(body: Json, said: Said, parameters: Json) -> tuple[list[str], str, s
     return (words[:limit], "", "length") if 0 < limit < len(words) else (words, "", "stop")
 
 
-def asks_for_a_tool(said: Said) -> bool:
-    asked = [text for role, text in said if role == "user"][-1:]
-    return said[-1][0] != "tool" and bool(re.search(r"\btool\b", "".join(asked), re.IGNORECASE))
-
-
 def values_of(body: Json, said: Said, words: list[str], tool: str) -> Json:
-    # Durations as if each word took a millisecond: the same request gets the same numbers.
-    heard, spoken, n = count(text for _, text in said), len(words), random.randrange(999_999)
+    heard, spoken, n = count(text for _, text in said), len(words), random.randrange(10**9)
     keys = ("type", "name", "description", "strict", "parameters")
     echoed = ("instructions", "text", "top_p", "temperature", "reasoning", "max_output_tokens")
-    ids = {"chat_id": f"chatcmpl-{n % 999}", "completion_id": f"cmpl-{n % 999}"}
-    ids |= {"msg_id": f"msg_{random.randbytes(12).hex()}", "call": f"call_{n:08x}"}
-    ids |= {"response_id": f"resp_{n}", "item_id": f"fc_{n}_0" if tool else f"msg_{n}"}
-    values: Json = {"model": body["model"], "text": "".join(words), "tool": tool, **ids}
+    values: Json = {"model": body["model"], "text": "".join(words), "tool": tool}
     values |= {"first": "".join(words[:1]), "now": int(datetime.now(UTC).timestamp())}
     values |= {"heard": heard, "spoken": spoken, "total": heard + spoken}
-    values |= {"heard_ns": heard * 10**6, "spoken_ns": spoken * 10**6}
-    values |= {"total_ns": (heard + spoken + 1) * 10**6, "context": list(range(heard + spoken))}
+    values |= {"context": list(range(heard + spoken)), "call": f"call_{n}", "msg_id": f"msg_{n}"}
+    values |= {"chat_id": f"chatcmpl-{n}", "completion_id": f"cmpl-{n}", "response_id": f"resp_{n}"}
+    values["item_id"] = f"fc_{n}" if tool else f"msg_{n}"
     values["tools"] = [{key: tool.get(key) for key in keys} for tool in body.get("tools") or []]
     values["echo"] = {key: body[key] for key in echoed if body.get(key) is not None}
     return {f"${key}": value for key, value in values.items()}
 
 
-def read_chat(body: Json) -> Said:
-    return [turn(message) for message in body.get("messages") or []]
-
-
-def read_prompt(body: Json) -> Said:
-    if not (prompt := body.get("prompt")):
-        return []
-    system = [("system", body["system"])] if body.get("system") else []
-    return [*system, turn({"role": "user", "content": prompt, "images": body.get("images")})]
-
-
-def read_v1(body: Json) -> Said:
-    if not body.get("messages"):
-        raise Refused(400, "[] is too short - 'messages'", early=True)
-    return read_chat(body)
-
-
-def read_messages(body: Json) -> Said:
-    named(body, early=True)
-    if (body.get("max_tokens") or 0) <= 0:
-        raise Refused(400, "max_tokens is required and must be positive", early=True)
-    if not body.get("messages"):
-        raise Refused(400, "messages is required", early=True)
-    said = [turn({"role": "system", "content": body.get("system")}, "")]
-    for message in body["messages"]:
-        results = [part for part in parts(message["content"]) if part["type"] == "tool_result"]
-        said += [turn({"role": "tool", "content": part.get("content")}, "") for part in results]
-        said.append(turn(message, ""))
-    return [(role, text) for role, text in said if text]
-
-
-def read_responses(body: Json) -> Said:
-    said, items = [("system", body.get("instructions") or "")], body.get("input") or []
-    for item in [{"role": "user", "content": items}] if isinstance(items, str) else items:
-        if item.get("type") == "function_call_output":
-            said.append(turn({"role": "tool", "content": item["output"]}, ""))
-        elif item.get("type") == "function_call":
-            said.append(("assistant", "(1 tool call)"))
-        elif item.get("type", "message") == "message":
-            said.append(turn(item, ""))
-    return [(role, text) for role, text in said if text]
-
-
 EMBEDDERS = ("/api/embed", "/api/embeddings", "/v1/embeddings")
-READERS = {
-    "/api/chat": read_chat,
-    "/api/generate": read_prompt,
-    "/v1/chat/completions": read_v1,
-    "/v1/completions": read_prompt,
-    "/v1/messages": read_messages,
-    "/v1/responses": read_responses,
+BLOCKS = ("/v1/messages", "/v1/responses")  # parts of a message are joined without a space
+CHATS = ("/api/chat", "/api/generate", "/v1/chat/completions", "/v1/completions", *BLOCKS)
+NEEDED = {
+    "/v1/chat/completions": {"messages": "[] is too short - 'messages'"},
+    "/v1/messages": {
+        "model": "model is required",
+        "max_tokens": "max_tokens is required and must be positive",
+        "messages": "messages is required",
+    },
 }
 
 
-def turn(message: Json, glue: str = " ") -> tuple[str, str]:
-    """Return role and text of a message; `glue` joins its parts."""
-    message = lowered(message)
-    found = parts(message.get("content"))
-    texts = [part["text"] for part in found if part["type"].endswith("text") and part["text"]]
+def read(path: str, body: Json) -> Said:
+    """Return role and text of each message, which dialects keep under several names."""
+    for key, error in NEEDED.get(path, {}).items():
+        if not body.get(key):
+            raise Refused(400, error, early=True)
+    items = body.get("messages") or body.get("input") or body.get("prompt") or []
+    if isinstance(items, str):
+        items = [{"role": "user", "content": items, "images": body.get("images")}]
+    system = body.get("system") or body.get("instructions")
+    if items and system:
+        items = [{"role": "system", "content": system}, *items]
+    glue = "" if path in BLOCKS else " "
+    said = [turn for item in items for turn in turns(lowered(item), glue)]
+    return [(role, text) for role, text in said if text or glue]
+
+
+def turns(message: Json, glue: str) -> Said:
+    """Return what a message says: results of tools first, then its text, images and calls."""
+    found = parts(message.get("output") or message.get("content"))
+    results = [part for part in found if part["type"] == "tool_result"]
+    said = [("tool", glue.join(texts(parts(part.get("content"))))) for part in results]
     images = len(message.get("images") or []) + sum("image" in part["type"] for part in found)
     calls = len(message.get("tool_calls") or []) + sum(p["type"] == "tool_use" for p in found)
-    said = [glue.join(texts), number(images, "image"), number(calls, "tool call")]
-    return str(message.get("role") or "").lower(), " ".join(filter(None, said))
+    calls += message.get("type") == "function_call"
+    words = [glue.join(texts(found)), number(images, "image"), number(calls, "tool call")]
+    other = {"function_call": "assistant", "function_call_output": "tool"}
+    role = message.get("role") or other.get(message.get("type", ""), "")
+    return [*said, (role.lower(), " ".join(filter(None, words)))] if role else said
+
+
+def texts(found: list[Json]) -> list[str]:
+    return [part["text"] for part in found if part["type"].endswith("text") and part["text"]]
 
 
 def parts(content: Any) -> list[Json]:

@@ -16,6 +16,7 @@ import json
 import os
 import threading
 from datetime import UTC, datetime
+from itertools import pairwise
 from pathlib import Path
 
 from kernel.agent import BaseAgent, Payload
@@ -29,17 +30,16 @@ class Audit(BaseAgent):
 
     # The disk is waited for in a thread (`def`), never on the loop.
     def setup(self) -> None:  # type: ignore[override]
-        for name in ("max_bytes", "files"):
-            if not self.settings[name] > 0:
-                raise ValueError(f"settings: {name}: {self.settings[name]} must be above 0")
-        path = self.data_dir / "audit.jsonl"
-        self.log = RotatedFile(path, self.settings["max_bytes"], self.settings["files"])
+        limits = {name: self.settings[name] for name in ("max_bytes", "files")}
+        for name, limit in limits.items():
+            if not limit > 0:
+                raise ValueError(f"settings: {name}: {limit} must be above 0")
+        self.log = RotatedFile(self.data_dir / "audit.jsonl", *limits.values())
 
     def on_request(self, payload: Payload) -> Payload:  # type: ignore[override]
         self.parts = []
-        context = self.context
-        who = {"user": context.user, "model": context.model, "dialect": context.dialect}
-        self.note("request", agents=list(context.agents), **who, prompt=self.shown(context.prompt))
+        known = {key: getattr(self.context, key) for key in ("user", "model", "dialect", "agents")}
+        self.note("request", **known, prompt=self.shown(self.context.prompt))
         return payload
 
     async def on_chunk(self, text: str) -> str:
@@ -47,8 +47,7 @@ class Audit(BaseAgent):
         return text
 
     def on_end(self) -> str:  # type: ignore[override]
-        text = "".join(self.parts)
-        self.note("answer", finish=self.context.finish, answer=self.shown(text))
+        self.note("answer", finish=self.context.finish, answer=self.shown("".join(self.parts)))
         return ""
 
     def shown(self, text: str) -> str:
@@ -69,29 +68,26 @@ class RotatedFile:
     """A file of at most `most` bytes and its predecessors, `count` files in all."""
 
     def __init__(self, path: Path, most: int, count: int) -> None:
-        self.path, self.most, self.count = path, most, count
+        self.most = most
+        self.paths = [path, *(Path(f"{path}.{n}") for n in range(1, count))]
         self.lock = threading.Lock()
 
     def write(self, line: bytes) -> None:
         """Append a whole line or nothing. Raises OSError."""
+        path = self.paths[0]
         with self.lock:
-            if self.path.exists() and self.path.stat().st_size + len(line) > self.most:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            if path.exists() and path.stat().st_size + len(line) > self.most:
                 self.rotate()
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            with open(self.path, "ab", buffering=0, opener=private) as file:
+            path.touch(0o600)
+            with path.open("ab", buffering=0) as file:
                 size = file.tell()
                 if file.write(line) < len(line):
                     file.truncate(size)
                     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     def rotate(self) -> None:
-        names = [self.path, *(Path(f"{self.path}.{n}") for n in range(1, self.count))]
-        for older, newer in zip(names[:0:-1], names[-2::-1], strict=True):
+        self.paths[-1].unlink(missing_ok=True)
+        for newer, older in reversed([*pairwise(self.paths)]):
             if newer.exists():
                 newer.replace(older)
-        if self.count == 1:
-            self.path.unlink()
-
-
-def private(path: str, flags: int) -> int:
-    return os.open(path, flags, 0o600)

@@ -14,26 +14,33 @@ import json
 import os
 import re
 from array import array
-from collections.abc import Iterable, Sequence
+from collections import defaultdict
+from collections.abc import Sequence
 from contextlib import suppress
-from functools import partial
-from hashlib import blake2b
-from itertools import islice
+from heapq import nlargest
+from itertools import accumulate
 from pathlib import Path
 from urllib.parse import quote
+from zlib import crc32
 
-from kernel.agent import BaseAgent, Payload, Reply, add_context, is_user, telling_words, text_of
+from kernel.agent import (
+    BaseAgent,
+    Payload,
+    Reply,
+    add_context,
+    is_user,
+    map_texts,
+    telling_words,
+    text_of,
+)
 
 from .follower import Follower
-from .index import Damaged, Index, Passage, by_words, fetch
+from .index import Passage, by_words, fetch, opened
 from .vectors import Vectors
 
-VERSION = 3  # of the index, and of how texts are cut: raise it when either changes
+VERSION = 4  # of the index, and of how texts are cut: raise it when either changes
 MOST = 20  # passages for one question, whatever the prompt asks for, and places of a ranking
-RANK = 60  # of reciprocal rank fusion: Cormack, Clarke and Buettcher, SIGIR 2009
-# What has less than this part of the best score by words does not count beside vectors: or passages
-# that share one common word, and are far down in both rankings, come before the best of one.
-SHARE = 0.5
+RANK = 5  # of reciprocal rank fusion: small, or what is far down twice comes before the best ones
 INSTRUCTION = (
     "Answer the question that follows from these passages of our files. If they do not hold the"
     " answer, say so."
@@ -44,22 +51,20 @@ STILL_READ = "(The folder is still being read.)"
 UNDER = re.compile(  # what stands under earlier answers
     rf"\n\n(?:Sources:(?:\n- .*)+|{re.escape(NOT_FOUND)})(?:\n{re.escape(STILL_READ)})?"
 )
-OWN = re.compile(
-    r"\n[\s*_#]*Sources:[*_]*(?:\s*\n[ \t]*[-*•\[\d].*)*\s*\Z"
-)  # of the model, at the end
-JSON = re.compile(r"\s*(?:```(?:json)?\s*)?([\[{].*?)\s*(?:```\s*)?", re.DOTALL)
+# What the model itself wrote at the end.
+OWN = re.compile(r"\n[\s*_#]*Sources:[*_]*(?:\s*\n[ \t]*[-*•\[\d].*)*\s*\Z")
 
 
 class Rag(BaseAgent):
     """Answers from the files of a folder."""
 
-    index: Index
+    index: Path
     follower: Follower
     vectors: Vectors
     folders: dict[str, Path]  # by the name of each; "" is the name of a single one
     found: Sequence[Passage] | None = None  # None: this request did not search
     unread = 0  # files, at that time
-    pieces: list[str]  # of the answer
+    pieces: list[str] = []  # of the answer
 
     def setup(self) -> None:  # type: ignore[override]
         for name in ("max_chars", "max_file", "embed_batch", "wait"):
@@ -68,20 +73,15 @@ class Rag(BaseAgent):
         folders = self.settings["folders"] or {"": self.settings["folder"]}
         self.folders = {name.lower(): resolved(name, text) for name, text in folders.items()}
         limit, model = self.settings["max_file"], self.settings["embed_model"]
+        # An index belongs to these settings: another proxy with other ones has another.
         owner = repr((VERSION, sorted(self.folders.items()), limit, model)).encode()
-        name = f"index-{blake2b(owner, digest_size=8).hexdigest()}.db"  # no other settings' own
-        self.index = Index(self.data_dir / name)
-        with suppress(Damaged), self.index.open():
-            pass  # so that what cannot be opened at all is known now
-        states: dict[str, str] = {}
+        self.index = self.data_dir / f"index-{crc32(owner):08x}.db"
+        self.vectors = Vectors(self.index, model, self.settings["embed_batch"])
+        self.follower = Follower(self.index, self.folders, limit)
 
-        def report(part: str, text: str) -> None:
-            states[part] = text
-            self.progress = "; ".join(states[part] for part in sorted(states))
-
-        batch = self.settings["embed_batch"]
-        self.vectors = Vectors(self.index, model, batch, partial(report, "vectors"))
-        self.follower = Follower(self.index, self.folders, limit, partial(report, "files"))
+    @property
+    def progress(self) -> str:  # type: ignore[override]
+        return "; ".join(filter(None, (self.follower.state, self.vectors.state)))
 
     async def on_request(self, payload: Payload) -> Payload:
         without_sources(payload)
@@ -89,15 +89,11 @@ class Rag(BaseAgent):
         question = "" if self.context.continuation else self.question(payload)
         if not question:
             return payload
-        try:
-            passages = await self.find(question, within)
-        except Damaged:  # the index was removed, and is being made anew
-            passages = await self.find(question, within)
+        passages = await self.find(question, within)
         if not passages and not self.context.asked:
             return payload
-        self.unread, self.pieces = self.follower.unread, []
         blocks = fitting(passages, self.settings["max_chars"])
-        self.found = passages[: len(blocks)]
+        self.found, self.unread = passages[: len(blocks)], self.follower.unread
         return add_context(payload, "\n\n".join([INSTRUCTION if blocks else NOTHING, *blocks]))
 
     def within(self) -> Path | None:
@@ -131,30 +127,26 @@ class Rag(BaseAgent):
         self, question: str, vector: array[float] | None, within: Path | None = None
     ) -> list[Passage]:
         """Return the best passages by words and by meaning; of copies one."""
-        scores: dict[bytes, float] = {}
-        passages: dict[bytes, Passage] = {}
-        with self.index.open() as db:
-            db.execute("BEGIN")  # one state of the index for all that is read
-            words = by_words(db, telling_words(question), SHARE if vector else 0)
-            rankings: list[Iterable[int]] = [words]
-            rankings += [self.vectors.near(db, vector)] if vector else []
-            for ids in rankings:
-                for place, passage in enumerate(islice(fetch(db, ids, within), MOST), 1):
-                    key = passages.setdefault(passage.digest, passage).digest
-                    scores[key] = scores.get(key, 0) + 1 / (RANK + place)
-        best = sorted(scores, key=scores.__getitem__, reverse=True)
-        return [passages[key] for key in best[: min(max(1, self.arguments["k"]), MOST)]]
+        scores, passages = defaultdict[str, float](float), dict[str, Passage]()
+        with opened(self.index) as db:
+            words = by_words(db, telling_words(question))
+            for ids in (words, self.vectors.near(db, vector) if vector else ()):
+                found = fetch(db, ids, within, MOST)
+                passages |= found
+                for place, text in enumerate(found, 1):
+                    scores[text] += 1 / (RANK + place)
+        count = min(max(1, self.arguments["k"]), MOST)
+        return [passages[text] for text in nlargest(count, scores, key=scores.__getitem__)]
 
     async def on_chunk(self, text: str) -> str:
-        if self.found is not None:
-            self.pieces.append(text)
+        self.pieces.append(text)
         return text
 
     async def on_end(self) -> str:
-        answer = "" if self.found is None else "".join(self.pieces)
-        if not answer.strip() or is_json(answer):
+        answer = "".join(self.pieces)
+        if self.found is None or not answer.strip() or is_json(answer):
             return ""
-        links = dict.fromkeys(f"- {p.source} <{self.link(p)}>" for p in self.found or ())
+        links = dict.fromkeys(f"- {p.source} <{self.link(p)}>" for p in self.found)
         heading = "" if OWN.search(answer) else "\nSources:\n"  # else the list goes on
         lines = [heading + "\n".join(links)] if links else [f"\n{NOT_FOUND}"]
         return "\n" + "\n".join(lines + [STILL_READ] * bool(self.unread))
@@ -183,28 +175,21 @@ def fitting(passages: Sequence[Passage], room: int) -> list[str]:
 
     The best one is cut where it does not fit as a whole.
     """
-    blocks: list[str] = []
-    for number, passage in enumerate(passages, 1):
-        block = f"[{number}] {passage.source}\n{passage.text}"
-        if blocks and len(block) > room:
-            break
-        blocks.append(block[:room])
-        room -= len(block)
-    return blocks
+    blocks = [f"[{n}] {passage.source}\n{passage.text}" for n, passage in enumerate(passages, 1)]
+    sizes = accumulate(map(len, blocks))
+    some = [block for block, size in zip(blocks, sizes, strict=True) if size <= room]
+    return some or [block[:room] for block in blocks[:1]]
 
 
 def without_sources(payload: Payload) -> None:
     """Take out what stood under earlier answers: it is not the model's, which would imitate it."""
     for message in payload["messages"]:
-        content = message.get("content")
-        parts = content if isinstance(content, list) else [message]
-        for part in parts if message.get("role") == "assistant" else ():
-            for key in part.keys() & {"text", "content"}:
-                part[key] = UNDER.sub("", part[key]) if isinstance(part[key], str) else part[key]
+        if message.get("role") == "assistant":
+            message |= map_texts(message, lambda text: UNDER.sub("", text))
 
 
 def is_json(answer: str) -> bool:
-    found = JSON.fullmatch(answer)
     with suppress(ValueError, RecursionError):
-        return bool(found and json.loads(found[1]) is not None)
+        value = json.loads(answer.strip().removeprefix("```json").strip("`\n"))
+        return isinstance(value, dict | list)
     return False

@@ -22,7 +22,6 @@ SUFFIXES = (".md", ".markdown", ".txt", ".html", ".htm", ".pdf")
 TITLE = 120  # characters of one heading, which each passage below it repeats
 
 CONTROLS = bytes({*range(32)} - {*b"\t\n\v\f\r\x1b"})  # bytes that a text does not hold
-SAMPLE = 2**16  # bytes that are enough to guess an encoding
 OTHERS = (
     "gb18030 big5 cp932 euc_jp cp949 cp1251 koi8_r koi8_u iso8859_5 cp1253 cp1255 cp1256 cp874"
 ).split()
@@ -38,28 +37,29 @@ ALPHABETS = {
 PUNCTUATION = "“”„‘’‚‹›«»–—…•·€£°§©®™´¿¡\xa0"
 DECLARED = re.compile(rb"(?i)<(?:meta|\?xml)[^>]+(?:charset|encoding)\s*=\s*[\"']?([\w.:-]+)")
 
-# A first line that stands alone, is no sentence, and has more below it.
-FIRST_LINE = re.compile(rf"\s*(\S.{{0,{TITLE - 1}}}(?<![.,:;!?]))\n[ \t]*\n\s*(?=\S)")
-FRONT_MATTER = re.compile(
-    r"(---|\+{3})[ \t]*\n((?:[ \t]*(?:#.*)?\n)*[\w\"'-]+[ \t]*[:=].*\n(?s:.*?)\n?)"
-    r"(?:\1|\.{3})[ \t]*(?:\n|\Z)"
-)
-FENCES = ("```", "~~~")
+# The lines between need not be YAML: nothing else stands between such lines and begins at once.
+FRONT_MATTER = re.compile(r"(---|\+{3})[ \t]*\n(\S.*?\n)(?:\1|\.{3})[ \t]*(?:\n|\Z)", re.DOTALL)
 COMMENT = re.compile(r"<!--.*?(?:-->|\Z)", re.DOTALL)
+# CommonMark's blocks, and tables; lines, and what stands in them, are left as they were written.
+MARKDOWN = MarkdownIt("zero", {"html": True, "breaks": True}).enable(
+    "blockquote code fence heading hr html_block lheading list newline table".split()
+)
 
-UNREAD = "script, style, template, noscript, nav, svg, iframe, title"  # of a page
+UNREAD = "script, style, template, noscript, nav, svg, iframe, html:has(h1) title"  # of a page
 HEADINGS = "h1, h2, h3, h4, h5, h6"
 BLOCKS = (
-    f"{HEADINGS}, address, article, aside, blockquote, dd, details, div, dl, dt, fieldset, figure,"
-    " figcaption, footer, form, header, hr, main, ol, p, pre, section, summary, table, ul"
+    f"{HEADINGS}, address, article, aside, blockquote, body, dd, details, div, dl, dt, fieldset,"
+    " figcaption, figure, footer, form, header, hr, main, ol, p, pre, section, summary, table,"
+    " title, ul"
 )
 # Marks in the text of a page; other white space there is layout. Behind BLOCK stands what follows:
 # the level of a heading, a table with a head, or a blank before other text.
-BLOCK, LINE, HEAD, SPACE = "\x01", "\x02", "\x03", "\x04"
+BLOCK, LINE, HEAD, SPACE = "\x01\x02\x03\x04"
 TEXT = BLOCK + " "
-MARKS = str.maketrans("", "", BLOCK + LINE + HEAD + SPACE)
+BEFORE = {BLOCKS: TEXT, "table:has(tr:first-child th)": BLOCK + HEAD, "title": f"{BLOCK}1"}
+BEFORE |= {f"h{level}": f"{BLOCK}{level}" for level in range(1, 7)}
+BEFORE |= {"br, tr": LINE, ":not(ol) > li": f"{LINE}- ", ":is(td, th) + :is(td, th)": " | "}
 UNCLOSED = 20_000  # tags: the parser's time grows with the square of how many are open
-WITHIN = {"br": LINE, "tr": LINE, "li": f"{LINE}- ", "td + td, th + td, td + th, th + th": " | "}
 
 
 class Unreadable(Exception):
@@ -82,10 +82,10 @@ def read(data: bytes, suffix: str) -> tuple[list[Block], str]:
     if suffix == ".pdf":
         return list(pdf(data)), ""
     text, guess = decoded(data)
-    text = text.replace("\r\n", "\n").replace("\r", "\n").replace("\0", "")
-    if suffix in (".html", ".htm"):
-        return list(page(text)), guess
-    return list(plain(text) if suffix == ".txt" else markdown(text)), guess
+    text = "\n".join(text.translate(dict.fromkeys(range(5))).splitlines())  # without marks
+    if suffix == ".txt":
+        return [Block(text)], guess
+    return list(page(text) if suffix in (".html", ".htm") else markdown(text)), guess
 
 
 def decoded(data: bytes) -> tuple[str, str]:
@@ -113,76 +113,53 @@ def latin(data: bytes) -> str:
 
 
 def guessed(data: bytes) -> str:
-    sample = data if len(data) < SAMPLE else data[:SAMPLE].rpartition(b"\n")[0] or data
-    if not (best := from_bytes(sample, cp_isolation=OTHERS).best()):
+    if not (best := from_bytes(data, cp_isolation=OTHERS).best()):
         raise Unreadable("its encoding is not known")
-    text = str(best)
-    hangul, ideographs = (len(re.findall(r, text)) for r in ("[가-힣]", "[\u4e00-\u9fff]"))
+    hangul, ideographs = (len(re.findall(r, str(best))) for r in ("[가-힣]", "[\u4e00-\u9fff]"))
     chinese = best.encoding == "cp949" and 8 * ideographs > hangul  # at a second look
     return "gb18030" if chinese else best.encoding
-
-
-def plain(text: str) -> Iterator[Block]:
-    """Yield the paragraphs of a text without markup, under its title where it has one."""
-    if title := FIRST_LINE.match(text):
-        yield Block(title[1].rstrip(), 1)
-        text = text[title.end() :]
-    yield from map(Block, re.split(r"\n\s*\n", text))
 
 
 def markdown(text: str) -> Iterator[Block]:
     if front := FRONT_MATTER.match(text):
         yield Block(front[2])
         text = text[front.end() :]
-    lines = text.split("\n")
-    tokens = MarkdownIt("commonmark").enable("table").disable("inline").parse(text)
-    for token, inner in zip(tokens, [*tokens[1:], None], strict=True):
-        if token.level or token.map is None or token.type == "hr":
-            continue
-        first, last = token.map
-        source = "\n".join(lines[first:last])
-        if token.type == "heading_open" and inner:
-            yield Block(COMMENT.sub("", inner.content)[:TITLE].strip(), int(token.tag[1]))
-        elif token.type == "table_open":
-            yield Block("\n".join(lines[first + 2 : last]), 0, "\n".join(lines[first : first + 2]))
-        elif token.type == "html_block":
-            yield from page(source)
-        else:
-            yield Block(source if token.markup[:3] in FENCES else COMMENT.sub("", source))
+    yield from page(MARKDOWN.render(text).replace("<br />", LINE))
 
 
 def page(text: str) -> Iterator[Block]:
     """Yield what one reads of HTML; the title counts where there is no heading of level 1."""
     if text.count("<") > 3 * text.count("</") + UNCLOSED:
         raise Unreadable("is no page: too many of its tags are not closed")
-    tree = LexborHTMLParser(text.translate(MARKS))
-    title = tree.css_first("title")
-    if title and not tree.css_first("h1"):
-        yield Block(" ".join(title.text().split())[:TITLE], 1)
-    marked(tree)
+    tree = LexborHTMLParser(text)
+    mark(tree)
     for part in tree.text().split(BLOCK):
-        lines = " ".join(part[1:].split()).replace(SPACE, " ").replace(LINE, "\n").strip("\n")
-        head, _, rows = lines.partition("\n")
-        if part[:1].isdigit():
-            yield Block(lines[:TITLE], int(part[0]))
+        kind, line = part[:1], " ".join(part[1:].split())
+        text = re.sub(f" ?{LINE} ?", "\n", line).replace(SPACE, " ").strip("\n")
+        if kind.isdigit():
+            yield Block(COMMENT.sub("", text)[:TITLE].strip(), int(kind))
+        elif kind == HEAD:
+            head, _, rows = text.partition("\n")
+            yield Block(rows, 0, head)
         else:
-            yield Block(rows, 0, head) if part[:1] == HEAD else Block(lines)
+            yield Block(text)
 
 
-def marked(tree: LexborHTMLParser) -> None:
+def mark(tree: LexborHTMLParser) -> None:
     """Put marks into the tree, so that its text keeps what the tags say."""
     for node in tree.css(UNREAD):
         node.decompose()
+    for node in tree.css(f"li > p:first-child, :is(li, blockquote) :is({HEADINGS})"):
+        node.unwrap()
     for node in tree.css("pre"):
         node.replace_with(f"{TEXT}{node.text().translate({10: LINE, 32: SPACE})}{TEXT}")
-    for selector, mark in WITHIN.items():
+    for items in tree.css("ol"):
+        for number, node in enumerate((it for it in items.iter() if it.tag == "li"), 1):
+            node.insert_before(f"{LINE}{number}. ")
+    for selector, sign in BEFORE.items():
         for node in tree.css(selector):
-            node.insert_before(mark)
+            node.insert_before(sign)
     for node in tree.css(BLOCKS):
-        tag = node.tag or ""
-        level = f"{BLOCK}{tag[1]}" if tag in HEADINGS.split(", ") else TEXT
-        table = tag == "table" and node.css_first("tr:first-child th")
-        node.insert_before(BLOCK + HEAD if table else level)
         node.insert_after(TEXT)
 
 

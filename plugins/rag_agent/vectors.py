@@ -14,51 +14,52 @@ import asyncio
 import math
 import sqlite3
 from array import array
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from heapq import nsmallest
 from operator import mul
+from pathlib import Path
 
 from kernel.agent import Context
 
-from .index import Index, fields, logger, writing
+from .index import logger, opened, writing
 
 LACKING = 0.1  # of all passages may have no vector; with more, chance decides what is found
 NEAR = 100  # vectors that are multiplied
-TRIES = 3  # batches in a row that may fail
 PATIENCE = 5.0  # seconds that a question waits for the vectors of the last few passages
 
-PASSAGES = "(SELECT coalesce(sum(passages), 0) FROM files)"
-STATE = f"SELECT version, {PASSAGES}, (SELECT length(vector) FROM vectors LIMIT 1) FROM state"
-ADD = "INSERT OR REPLACE INTO vectors SELECT ?, ?, ? FROM chunks WHERE id = ?"
-WITHOUT = (
-    "SELECT id, name || ', ' || heading || char(10) || text FROM chunks WHERE id > ?"
-    " AND NOT EXISTS (SELECT 1 FROM vectors WHERE chunk = id) ORDER BY id LIMIT ?"
+COUNT = (
+    "SELECT coalesce(sum(passages), 0), (SELECT count(*) FROM vectors),"
+    " (SELECT length(vector) FROM vectors LIMIT 1), (SELECT max(passage) FROM vectors) FROM files"
 )
+ADD = "INSERT OR REPLACE INTO vectors SELECT id, ?, ? FROM passages WHERE id = ?"
+WITHOUT = (
+    "SELECT id, name || ', ' || heading || char(10) || text FROM passages WHERE id > ?"
+    " AND NOT EXISTS (SELECT 1 FROM vectors WHERE passage = id) ORDER BY id LIMIT ?"
+)
+FIND = "SELECT vector FROM vectors WHERE passage = ?"
 
 
 class Vectors:
-    """The vectors of `model`, "" for none, which is asked for `batch` at a time.
+    """The vectors of `model`, "" for none, which is asked for `batch` at a time."""
 
-    `report` is told how many vectors there are.
-    """
-
-    def __init__(self, index: Index, model: str, batch: int, report: Callable[[str], None]) -> None:
-        self.index, self.model, self.batch, self.report = index, model, batch, report
-        self._state, self._coded = (-1, 0, None), (list[int](), list[int]())  # ids and their codes
+    def __init__(self, file: Path, model: str, batch: int) -> None:
+        self.file, self.model, self.batch = file, model, batch
+        self.state = ""  # how many vectors there are, for a person to read
+        self._codes = dict[int, int]()  # by the ids of passages
+        self._known = (0, 0)  # how many vectors there were, and the newest
+        self._last = 0  # the last passage that was sent to the model
         self._task: asyncio.Task[None] | None = None
 
     async def of_question(self, context: Context, question: str) -> array[float] | None:
         """Return the question's vector, or None where words alone must do."""
         if not self.model:
             return None
-        missing = await asyncio.to_thread(self.load)
-        if missing:
+        passages, have, size = await asyncio.to_thread(self.count)
+        if have < passages:
             task = self.begin(context)
-            if missing <= self.batch:
-                await asyncio.wait({task}, timeout=PATIENCE)
-                missing = await asyncio.to_thread(self.load)
-        _, passages, size = self._state
-        if size is None or missing > passages * LACKING:
+            await asyncio.wait({task}, timeout=PATIENCE if passages - have <= self.batch else 0)
+            passages, have, size = await asyncio.to_thread(self.count)
+        if not size or passages - have > passages * LACKING:
             return None
         try:
             (vector,) = await self._embed(context, [question])
@@ -72,12 +73,14 @@ class Vectors:
 
     def near(self, db: sqlite3.Connection, vector: array[float]) -> list[int]:
         """Return the ids of the nearest passages, the nearest first."""
-        (ids, codes), own, scores = self._coded, code(vector), {}
-        differ = [(own ^ other).bit_count() for other in codes]
-        for place in nsmallest(NEAR, range(len(differ)), key=differ.__getitem__):
-            find = "SELECT vector FROM vectors WHERE chunk = ?"
-            for (data,) in db.execute(find, [ids[place]]):
-                scores[ids[place]] = sum(map(mul, vector, array("f", data)))
+        codes = self._codes  # another thread may empty it meanwhile
+        if not codes:
+            rows = db.execute("SELECT passage, code FROM vectors")
+            codes = self._codes = {passage: int.from_bytes(data) for passage, data in rows}
+        own, scores = int.from_bytes(code(vector)), dict[int, float]()
+        for passage in nsmallest(NEAR, codes, key=lambda it: (own ^ codes[it]).bit_count()):
+            for (data,) in db.execute(FIND, [passage]):
+                scores[passage] = sum(map(mul, vector, array("f", data)))
         return sorted(scores, key=scores.__getitem__, reverse=True)
 
     async def stop(self) -> None:
@@ -92,57 +95,47 @@ class Vectors:
         return self._task
 
     async def _fill(self, context: Context) -> None:
-        """Embed what has no vector; a batch that fails is left to the next question."""
-        last = failed = 0
-        while failed < TRIES and (rows := await asyncio.to_thread(self._without, last)):
+        """Embed what has no vector until a batch fails: the next question goes on behind it."""
+        while rows := await asyncio.to_thread(self._without):
             ids, texts = zip(*rows, strict=True)
-            last = ids[-1]
+            self._last = ids[-1]
             try:
-                vectors = await self._embed(context, list(texts))
-                await asyncio.to_thread(self.store, ids, vectors)
-                failed = 0
-            except Exception as exc:  # a background task: the next question goes on
-                failed += 1
-                facts = fields(model=self.model, error=f"{type(exc).__name__}: {exc}")
-                logger.warning("passages have no vectors", extra=facts)
-                self.report("passages get no vectors, the log says why")
+                await asyncio.to_thread(self.store, ids, await self._embed(context, list(texts)))
+            except Exception as exc:  # a background task
+                logger.warning("passages have no vectors: %s: %s", type(exc).__name__, exc)
+                return
 
     async def _embed(self, context: Context, texts: list[str]) -> list[array[float]]:
         """Return one vector for each text. Raises what `context.embed` raises, and ValueError."""
         vectors = [normalised(vector) for vector in await context.embed(texts, self.model)]
-        if len(vectors) != len(texts) or len(set(map(len, vectors))) != 1:
-            raise ValueError(
-                f"{len(vectors)} vectors for {len(texts)} texts, or of several lengths"
-            )
+        if len(set(map(len, vectors))) != 1:
+            raise ValueError("no vectors, or of several lengths")
         return vectors
 
-    def load(self) -> int:
-        """Read what is stored, where it has changed; return how many passages have no vector."""
-        with self.index.open() as db:
-            state = db.execute(STATE).fetchone()
-            if state != self._state:
-                rows = db.execute("SELECT chunk, code FROM vectors").fetchall()
-                codes = [int.from_bytes(data) for _, data in rows]
-                self._state, self._coded = state, ([row for row, _ in rows], codes)
-                self.report(f"{len(rows)} of {state[1]} passages have vectors")
-        return int(self._state[1]) - len(self._coded[0])
+    def count(self) -> tuple[int, int, int | None]:
+        """Return how many passages there are, how many have a vector, and the bytes of one."""
+        with opened(self.file) as db:
+            passages, have, size, newest = db.execute(COUNT).fetchone()
+        if (have, newest) != self._known:
+            self._known, self._codes = (have, newest), {}  # near() reads them anew
+        self.state = f"{have} of {passages} passages have vectors"
+        return passages, have, size
 
-    def _without(self, last: int) -> list[tuple[int, str]]:
-        """Return id and text of the next passages that have no vector."""
-        with self.index.open() as db:
-            return db.execute(WITHOUT, [last, self.batch]).fetchall()
+    def _without(self) -> list[tuple[int, str]]:
+        """Return id and text of the next passages that have no vector, again from the first one."""
+        with opened(self.file) as db:
+            after = db.execute(WITHOUT, [self._last, self.batch]).fetchall()
+            return after or db.execute(WITHOUT, [0, self.batch]).fetchall()
 
     def _clear(self) -> None:
-        with self.index.open() as db, writing(db):
+        with opened(self.file) as db, writing(db):
             db.execute("DELETE FROM vectors")
 
     def store(self, ids: Sequence[int], vectors: Sequence[array[float]]) -> None:
-        with self.index.open() as db, writing(db):
-            for chunk, vector in zip(ids, vectors, strict=True):
-                bits = code(vector).to_bytes((len(vector) + 7) // 8)
-                db.execute(ADD, [chunk, bits, vector.tobytes(), chunk])
-            ((have, passages),) = db.execute(f"SELECT count(*), {PASSAGES} FROM vectors")
-        self.report(f"{have} of {passages} passages have vectors")
+        rows = [(code(v), v.tobytes(), passage) for passage, v in zip(ids, vectors, strict=True)]
+        with opened(self.file) as db, writing(db):
+            db.executemany(ADD, rows)
+        self.count()
 
 
 def normalised(vector: Sequence[float]) -> array[float]:
@@ -153,7 +146,8 @@ def normalised(vector: Sequence[float]) -> array[float]:
     return array("f", [value / (length or 1.0) for value in vector])
 
 
-def code(vector: array[float]) -> int:
+def code(vector: array[float]) -> bytes:
     """Return one bit for each number: whether it is above their mean."""
     mean = sum(vector) / len(vector)
-    return int("".join("1" if value > mean else "0" for value in vector), 2)
+    bits = int("".join("1" if value > mean else "0" for value in vector), 2)
+    return bits.to_bytes((len(vector) + 7) // 8)

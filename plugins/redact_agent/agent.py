@@ -9,6 +9,7 @@ searched, or whose answer could not be restored, is refused.
 from __future__ import annotations
 
 import asyncio
+import itertools
 import json
 import re
 from collections import defaultdict
@@ -17,12 +18,10 @@ from typing import Any
 
 from kernel.agent import Abort, BaseAgent, Payload, map_texts, texts
 
-from .finding import Pattern, Rule, Span, find
-from .folding import END, START, Folded
-from .forms import read_words, rules
+from .finding import Rule, Span, Words, find
+from .forms import folded, names_rule, read_words, rules
 from .phones import Phones
 from .placeholders import Placeholders
-from .words import names_rule
 
 CHOICES = ("refuse", "pass")
 SHORTEST = 6  # signs of a value that is looked for again: a shorter one is also an ordinary word
@@ -38,8 +37,7 @@ class Redact(BaseAgent):
 
     last = True  # what other agents add is searched, and what they ask the model has placeholders
     rules: list[Rule]
-    known: list[Rule]  # of this request
-    placeholders: Placeholders
+    placeholders: Placeholders  # of this request
 
     def setup(self) -> None:  # type: ignore[override]
         names = self.settings["names"]
@@ -49,21 +47,20 @@ class Redact(BaseAgent):
             if self.settings[key] not in CHOICES:
                 raise ValueError(f"settings: {key}: must be {' or '.join(CHOICES)}")
         words = read_words()
-        self.rules = [*rules(words), Phones(words, self.settings["regions"])]
-        self.rules += [names_rule(names)] if names else []
+        self.rules = [*rules(words), Phones(words, self.settings["regions"]), names_rule(names)]
 
     # `def`, because it searches the whole conversation: in a thread it holds nobody up.
     def on_request(self, payload: Payload) -> Payload:  # type: ignore[override]
         self.refuse(payload)
         payload["messages"] = with_arguments(payload["messages"])
         found = {text: find(self.rules, text) for text in dict.fromkeys(texts(payload))}
-        self.known = list(rules_for_labelled(found))
+        known = list(rules_for_labelled(found))
         self.placeholders = Placeholders(written(payload), escaped=wants_json(payload))
-        return map_texts(payload, lambda text: self.hide(text, found[text]))
+        return map_texts(payload, lambda text: self.hide(text, found[text] + find(known, text)))
 
-    def hide(self, text: str, found: list[Span]) -> Any:
+    def hide(self, text: str, spans: list[Span]) -> Any:
         """Return a text with placeholders, or the arguments of a call as they were given."""
-        hidden = self.placeholders.hide(text, found, find(self.known, text))
+        hidden = self.placeholders.hide(text, spans)
         if not isinstance(text, Arguments):
             return hidden
         if hidden == text:
@@ -91,19 +88,6 @@ class Redact(BaseAgent):
             raise Abort(403, "redact cannot restore an answer with logprobs: do not ask for them")
 
 
-# For the seams of tools: what the model calls gets real values, what a tool returns gets none.
-
-
-def restore_arguments(agent: Redact, arguments: Payload) -> Payload:
-    """Return a tool call's arguments with the values of this request's placeholders."""
-    return dict(agent.placeholders.restore(arguments))
-
-
-def hide_result(agent: Redact, result: str) -> str:
-    """Return a tool's result with placeholders, the same as in the request."""
-    return str(agent.hide(result, find(agent.rules, result)))
-
-
 class Arguments(str):
     """The arguments of a tool call as JSON: in one text, so that a key tells what its value is.
 
@@ -112,35 +96,29 @@ class Arguments(str):
 
     given: Any
 
-    @classmethod
-    def of(cls, given: Any) -> Any:
-        text = given if isinstance(given, str) else json.dumps(given, ensure_ascii=False)
-        arguments = cls(INTEGER.sub(lambda found: found[1] or f'"{found[0]}"', text))
-        arguments.given = given
-        return arguments
-
 
 def with_arguments(value: Any, key: str = "") -> Any:
     """Return messages with what tools are called with as Arguments."""
     if isinstance(value, list):
         return [with_arguments(item) for item in value]
     if value and key in CALLED and isinstance(value, str | dict):
-        return Arguments.of(value)
+        text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+        arguments = Arguments(INTEGER.sub(lambda found: found[1] or f'"{found[0]}"', text))
+        arguments.given = value
+        return arguments
     if isinstance(value, dict):
         return {key: with_arguments(item, key) for key, item in value.items()}
     return value
 
 
-def rules_for_labelled(found: dict[str, list[Span]]) -> Iterator[Rule]:
+def rules_for_labelled(found: dict[str, list[Span]]) -> Iterator[Words]:
     """Yield rules for values that only a label gave away: an answer repeats them without it."""
     values: dict[str, set[str]] = defaultdict(set)
     for text, spans in found.items():
         for span in spans:
             if span.labelled and span.end - span.start >= SHORTEST:
-                values[span.kind].add(re.escape(Folded(text[span.start : span.end]).text))
-    for kind, forms in values.items():
-        longest_first = "|".join(sorted(forms, key=len, reverse=True))
-        yield Pattern(kind, re.compile(rf"{START}(?P<value>{longest_first}){END}"))
+                values[span.kind].add(folded(text[span.start : span.end]))
+    yield from itertools.starmap(Words, values.items())
 
 
 def written(payload: Payload) -> list[str]:

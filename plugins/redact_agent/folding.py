@@ -24,7 +24,7 @@ INVISIBLE = (
     "\u00ad\u034f\u180e\u200b-\u200f\u202a-\u202e\u2060-\u2064\u2066-\u2069\ufe00-\ufe0f\ufeff"
 )
 CHANGE = re.compile(  # besides signs that fold to one sign
-    rf"[{INVISIBLE}\u0300-\u036f]+|(?<= ) +"
+    rf"[{INVISIBLE}\u0300-\u036f]+|(?<=[ \n])[ \n]+"
     r"|\\{1,4}(?:u(?P<code>[\da-fA-F]{4})|(?P<sign>[nrt\"/]))"
 )
 ESCAPES = {"n": "\n", "r": "\n", "t": " "}
@@ -48,35 +48,30 @@ def make_table() -> dict[int, str]:
             table[ord(sign)] = str(unicodedata.decimal(sign))
         elif len(base) > 1 and all("\u0300" <= mark <= "\u036f" for mark in base[1:]):
             table[ord(sign)] = base[0]
-    return table | {ord("\t"): " "}
+    return table | {ord("\t"): " ", ord("\r"): "\n"}
 
 
 TABLE = make_table()
 
 
 class Folded:
-    """A folded text; `starts` and `ends` are where each of its signs lies in the original."""
+    """A folded text; `starts` is where each of its signs lies in the original, and its end."""
 
     def __init__(self, original: str) -> None:
-        text = original if original.isascii() else original.translate(TABLE)
-        text = text.replace("\t", " ")
-        self.text, at, pieces = text, 0, [""]
-        self.starts: Sequence[int] = range(len(text))
-        self.ends: Sequence[int] = range(1, len(text) + 1)
-        starts: list[int] = []
-        ends: list[int] = []
-        for change in (*CHANGE.finditer(text), None):
-            start, end = change.span() if change else (len(text), len(text))
-            starts += range(at, start)
-            ends += range(at + 1, start + 1)
-            sign = decoded(change) if change else ""
-            starts += [start] * len(sign)
-            ends += [end] * len(sign)
-            ends[-1:] = [end] if ends else []  # what is left out belongs to the sign before it
-            pieces += [text[at:start], sign]
-            at = end
-        if len(pieces) > 3:
-            self.text, self.starts, self.ends = "".join(pieces), starts, ends
+        self.text = original.translate(TABLE)
+        self.starts: Sequence[int] = range(len(original) + 1)
+        if CHANGE.search(self.text):
+            self._change()
+
+    def _change(self) -> None:
+        pieces, starts, at = list[str](), list[int](), 0
+        for change in CHANGE.finditer(self.text):
+            sign = decoded(change)
+            pieces += [self.text[at : change.start()], sign]
+            starts += [*range(at, change.start()), *[change.start()] * len(sign)]
+            at = change.end()
+        self.starts = [*starts, *range(at, len(self.text) + 1)]
+        self.text = "".join([*pieces, self.text[at:]])
 
 
 def decoded(change: re.Match[str]) -> str:

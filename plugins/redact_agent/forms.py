@@ -8,77 +8,79 @@ from __future__ import annotations
 
 import re
 import tomllib
-from collections.abc import Callable, Iterator
+import unicodedata
+from collections.abc import Iterable
 from functools import partial
 from pathlib import Path
-from typing import Any
 
-from .finding import Pattern, Rule, Span
+from .finding import Pattern, Words, plain
 from .folding import END, LETTER, START, UNSPACED, Folded
-from .words import Labels, any_of
 
-LONG = re.compile(r"[\w.:/%+=~$@?&;-]{16,}+", re.ASCII)  # what may hold a key
+HERE = Path(__file__).parent
 PATH = re.compile(r"[~.]?/[a-z]+[/.]")
 CODE = re.compile(r"[a-z_]\w*(?:\.[a-z_]\w*)+|.*://.*|.*\(")  # names, links and calls
 STOPS = rf"\s\"'`<>,;(){{}}\[\]|。、！？「」{UNSPACED}"  # signs that are no part of a password
 PASSWORD = rf"(?![$%*.:=])(?:[^{STOPS}.?:&]|[.?:](?=[^{STOPS}])|&(?!\w{{1,30}}=)){{4,}}+\(?"
 DOUBLED = str.maketrans("0123456789", "0246813579")  # and the digits of that summed up
-
-
-def read(name: str) -> dict[str, Any]:
-    return tomllib.loads((Path(__file__).parent / name).read_text("utf-8"))
+UMLAUTS = str.maketrans({"ä": "ae", "ö": "oe", "ü": "ue", "Ä": "Ae", "Ö": "Oe", "Ü": "Ue"})
 
 
 def read_words() -> dict[str, list[str]]:
     """Return the lists of words.toml, folded."""
-    texts = {name: Folded(text).text.lower() for name, text in read("words.toml").items()}
-    return {name: re.split(r"\s*,\s*", text.strip()) for name, text in texts.items()}
+    lists = tomllib.loads((HERE / "words.toml").read_text("utf-8"))
+    return {name: re.split(r"\s*,\s*", folded(text).strip()) for name, text in lists.items()}
 
 
-def rules(words: dict[str, list[str]]) -> list[Rule]:
+def any_of(words: Iterable[str]) -> str:
+    """Return the pattern of any of some words."""
+    return "|".join(sorted(map(re.escape, words), key=len, reverse=True))
+
+
+def rules(words: dict[str, list[str]]) -> list[Pattern]:
     """Return the rules for all that has a form; `words` are the lists of words.toml."""
-    table = read("forms.toml")
+    table = tomllib.loads((HERE / "forms.toml").read_text("utf-8"))
     networks = re.compile(table["cards"], re.VERBOSE)
-    checks: dict[str, Callable[[str], bool]] = {"is_card": partial(is_card, networks)}
-    checks |= {check.__name__: check for check in (bool, has_digit, is_key, is_password, is_token)}
-    macros = {"LETTER": LETTER, "UNSPACED": UNSPACED, "END": END, "PASSWORD": PASSWORD}
-    macros["IS"] = any_of(words["is"])
-    found: list[Rule] = [Pattern("IBAN", iban_pattern(table["iban"]), is_iban), Keys()]
+    checks = {"is_card": partial(is_card, networks), "is_iban": is_iban, "bool": bool}
+    checks |= {check.__name__: check for check in (has_digit, is_key, is_password, is_token)}
+    macros = {"START": START, "END": END, "LETTER": LETTER, "UNSPACED": UNSPACED}
+    macros |= {"PASSWORD": PASSWORD, "IS": f"(?:{any_of(words['is'])})"}
+    macros |= {"IBAN": iban_pattern(table["iban"]), "KEYS": keys_pattern()}
+    found = []
     for form in table["form"]:
-        pattern = form.pop("pattern")
-        for name, value in macros.items():
-            pattern = pattern.replace("{{" + name + "}}", value)
-        form["check"] = checks[form.get("check", "bool")]
+        pattern = re.sub(r"\{\{(\w+)\}\}", lambda name: macros[name[1]], form["pattern"])
         form["pattern"] = re.compile(pattern, re.VERBOSE | re.IGNORECASE)
-        listed = form.get("words")
-        if listed:
-            form["words"] = words[listed] if isinstance(listed, str) else listed
-        found.append(Labels(**form) if listed else Pattern(**form))
+        form["check"] = checks[form.get("check", "bool")]
+        form["words"] = words.get(form.get("words"), ())
+        found.append(Pattern(**form))
     return found
 
 
-class Keys:
-    """The rule for the forms of keys.txt."""
-
-    def __init__(self) -> None:
-        lines = (Path(__file__).parent / "keys.txt").read_text("utf-8").splitlines()
-        found = [line for line in lines if line and not line.startswith("#")]
-        placed = "|".join(form for form in found if form.startswith("(?<="))
-        others = "|".join(form for form in found if not form.startswith("(?<="))
-        self._any = re.compile(rf"(?:{placed}|(?<![\w-])(?:{others}))(?![A-Za-z0-9])", re.ASCII)
-
-    def find(self, text: str) -> Iterator[Span]:
-        for run in LONG.finditer(text):
-            for found in self._any.finditer(text, *run.span()):
-                if has_digit(found[0]):
-                    yield Span(*found.span(), "SECRET")
+def names_rule(names: Iterable[str]) -> Words:
+    """Return the rule for names, however they are spelled: ß as ss, umlauts as ae, oe, ue."""
+    found = set()
+    for name in names:
+        name = unicodedata.normalize("NFC", " ".join(name.split()))
+        decomposed = unicodedata.normalize("NFD", name)
+        found |= {
+            folded(form) for form in (name, decomposed, name.upper(), name.translate(UMLAUTS))
+        }
+    return Words("NAME", found)
 
 
-def iban_pattern(lengths: str) -> re.Pattern[str]:
+def folded(text: str) -> str:
+    """Return a text in the form in which words are compared."""
+    return plain(Folded(text).text)
+
+
+def keys_pattern() -> str:
+    lines = (HERE / "keys.txt").read_text("utf-8").splitlines()
+    return "|".join(line for line in lines if line and not line.startswith("#"))
+
+
+def iban_pattern(lengths: str) -> str:
     """Return the pattern of all IBANs; `lengths` are such as "DE22"."""
     forms = [(form[:2], int(form[2:]) - 4) for form in lengths.split()]
-    signs = "|".join(rf"{country}\d\d(?:[ -]?[A-Z\d]){{{rest}}}" for country, rest in forms)
-    return re.compile(rf"{START}(?=[A-Za-z]{{2}}\d\d)(?P<value>(?ia:{signs}))(?![A-Za-z\d])")
+    return "|".join(rf"{country}\d\d(?:[ -]?[A-Z\d]){{{rest}}}" for country, rest in forms)
 
 
 def is_iban(value: str) -> bool:

@@ -8,15 +8,13 @@ group a phone number. In the operator's own `regions` bare digits count, too.
 from __future__ import annotations
 
 import re
-from collections import defaultdict
 from collections.abc import Iterable, Iterator
 
-from phonenumbers import COUNTRY_CODE_TO_REGION_CODE, PhoneMetadata
+import phonenumbers
 
-from .finding import Span
+from .finding import Pattern, Span
 from .folding import END, LETTER, UNSPACED
-from .forms import is_barcode
-from .words import Labels, any_of
+from .forms import any_of, is_barcode
 
 REGIONS = (  # where a national number is known by how it is written
     "DE AT CH LI LU FR BE NL GB IE ES PT IT GR PL CZ SK HU RO BG HR SI RS BA UA RU BY KZ LT LV EE"
@@ -31,7 +29,8 @@ CANDIDATE = re.compile(
     rf"(?<![^\W{UNSPACED}])(?<![$€£¥₹₩₽#№=])(?<!\d[.:'])"
     r"\d{1,20}+(?:[ ./()-]{1,4}+(?=\d)\d{1,15}+){0,9}+"
 )
-CHUNK = re.compile(rf"(?:(?<!{LETTER})\+)?\(?\d+(?:[.()-]{{1,4}}\d+)*")
+BRACKET = r"(?:\((?=[\d ]{1,6}\)))?"  # one that is closed again
+CHUNK = re.compile(rf"(?:(?<!{LETTER})\+)?{BRACKET}\d+(?:[.()-]{{1,4}}\d+)*")
 CUT = re.compile(rf"_|-?{LETTER}|[:'%]\d|[%€$£¥₹₩₽]| ?(?:[kKMGT]i?B|EUR|USD)\b")  # no end before it
 MOST = 8  # chunks of a number
 
@@ -51,7 +50,7 @@ GROUPED = re.compile(  # as people write a number without a trunk prefix
     r"[ -]\d\d[ -]\d\d|\d{3}(?:[ .-]\d\d){3}|\d\d[ .-]\d{3}(?:[ .-]\d\d){2}|\d\d[ -]\d{4,5}-\d{4}"
     r"|(?:1[ .-])?\(\d+\).*"
 )
-GERMAN_MOBILE = re.compile("01[5-7]")  # as long as a barcode
+GERMAN_MOBILE = ("015", "016", "017")  # as long as a barcode
 
 # Digits beside a number
 LEFT, RIGHT = re.compile(r"(?<![.,/-])\b(\d+) $"), re.compile(r" (\d+)(?![.,/-]?\d)")
@@ -66,17 +65,16 @@ class Phones:
     def __init__(self, words: dict[str, list[str]], regions: list[str]) -> None:
         self._any = re.compile(numbers_of(REGIONS.split()) + r"|[2-9]\d{6}")
         self._own = re.compile(numbers_of(regions)) if regions else None
-        self._lengths = lengths_of_countries()
-        tail = r"(?=\+?\(?\d)"
-        between = rf"(?:{SIGNS}{any_of(words['is'])}){{0,2}}{SIGNS}{tail}"
+        tail = rf"(?=\+?{BRACKET}\d)"
+        between = rf"(?:{SIGNS}(?:{any_of(words['is'])})){{0,2}}{SIGNS}{tail}"
         suffix = rf"(?:[ _.-]?{NUMBER}\.?)?(?![^\W\d_{UNSPACED}])"
         extra = rf"(?:[ (]{{1,2}}{LETTER}{{1,14}}\)?(?= ?[:=]))?"
         near = re.compile(suffix + extra + between, re.IGNORECASE)
         far = re.compile(rf"{END}(?!\()[^\d\n]{{0,32}}?{tail}")
         self._labels = [  # what stands further down counts more
-            Labels("far", far, words=(*words["phone"], *words["call"])),
-            Labels("other", near, words=tuple(words["other"])),
-            Labels("near", near, words=tuple(words["phone"])),
+            Pattern("far", far, words=(*words["phone"], *words["call"])),
+            Pattern("other", near, words=tuple(words["other"])),
+            Pattern("near", near, words=tuple(words["phone"])),
         ]
 
     def find(self, text: str) -> Iterator[Span]:
@@ -94,27 +92,20 @@ class Phones:
         places = [chunk.span() for chunk in chunks]
         if CUT.match(text, candidate.end()):
             places.pop()
-        at = 0
-        sizes = {end - start for start, end in places}
-        if len(places) > MOST and len(sizes) == 1 and not labels.keys() & dict(places):
-            return  # a row of numbers
-        while at < len(places):
-            label = labels.get(places[at][0], "")
-            count = self._longest(text, places, at, label)
-            if count:
-                end = places[at + count - 1][1]
-                start = end - len(value_at(text, places[at][0], end))
+        after = 0
+        for n, (start, _) in enumerate(places):
+            label = labels.get(start, "")
+            if start >= after and (end := self._longest(text, places[n : n + MOST], label)):
                 yield Span(start, end, "PHONE", label in ("near", "far"))
-            at += count or 1
+                after = end
 
-    def _longest(self, text: str, places: list[tuple[int, int]], at: int, label: str) -> int:
-        """Return how many chunks the longest number has that begins with one."""
-        start = places[at][0]
-        for count in range(min(MOST, len(places) - at), 0, -1):
-            end = places[at + count - 1][1]
-            if 6 <= end - start <= 30 and self._is_number(value_at(text, start, end), label):
+    def _longest(self, text: str, places: list[tuple[int, int]], label: str) -> int:
+        """Return the end of the longest number that begins with the first of some chunks, or 0."""
+        start = places[0][0]
+        for _, end in reversed(places):
+            if 6 <= end - start <= 30 and self._is_number(text[start:end], label):
                 if label or not in_row(text, start, end):
-                    return count
+                    return end
         return 0
 
     def _is_number(self, value: str, label: str) -> bool:
@@ -126,31 +117,19 @@ class Phones:
             return False
         if label == "near" and value[0] != "+":
             return len(number) <= 13
-        if value.count("(") != value.count(")") or UNLIKELY.fullmatch(value):
+        if UNLIKELY.fullmatch(value):
             return False
         if value[0] == "+":
-            return self._is_international(re.sub(r"\(0\)|\D", "", value))
+            return is_international(re.sub(r"\(0\)|\D", "", value))
         bare, far = value.isdecimal(), label == "far"
-        if label == "other" or (bare and is_barcode(number) and not GERMAN_MOBILE.match(number)):
+        if label == "other" or (bare and is_barcode(number) and number[:3] not in GERMAN_MOBILE):
             return False
         if self._own and len(number) > 7 and self._own.fullmatch(number):
             return True
         if number.startswith("00"):
-            return len(number) > 10 and self._is_international(number[2:])
+            return len(number) > 10 and is_international(number[2:])
         least = 7 if far and not bare else 9 if far or not bare else 10
-        fits = (far or trunk or grouped) and len(number) >= least
-        return bool(fits and self._any.fullmatch(number))
-
-    def _is_international(self, number: str) -> bool:
-        codes = (number[:length] for length in (1, 2, 3))
-        lengths = self._lengths
-        return len(number) > 7 and any(len(number) - len(c) in lengths.get(c, ()) for c in codes)
-
-
-def value_at(text: str, start: int, end: int) -> str:
-    """Return the number between two places, without a bracket that is not closed in it."""
-    value = text[start:end]
-    return value if ")" in value else value.lstrip("(")
+        return len(number) >= least and self._any.fullmatch(number) is not None
 
 
 def in_row(text: str, start: int, end: int) -> bool:
@@ -162,26 +141,24 @@ def in_row(text: str, start: int, end: int) -> bool:
     return any(len(digits[1]) in sizes for digits in beside if digits)
 
 
+def is_international(number: str) -> bool:
+    """Tell whether the country of a number, given from its calling code on, has such long ones."""
+    try:
+        parsed = phonenumbers.parse(f"+{number}")
+    except phonenumbers.NumberParseException:
+        return False
+    possible = phonenumbers.is_possible_number_with_reason(parsed)
+    return len(number) > 7 and possible == phonenumbers.ValidationResult.IS_POSSIBLE
+
+
 def numbers_of(regions: Iterable[str]) -> str:
     """Return the pattern of the national numbers of countries, with their trunk prefix or not."""
-    forms: dict[str, list[str]] = defaultdict(list)
+    forms = []
     for region in regions:
-        country = PhoneMetadata.metadata_for_region(region)
+        country = phonenumbers.PhoneMetadata.metadata_for_region(region)
         if country is None:
             raise ValueError(f"settings: regions: must be countries such as DE, not {region!r}")
         kinds = [getattr(country, kind) for kind in TYPES.split()]
-        forms[country.national_prefix or ""] += (
-            kind.national_number_pattern for kind in kinds if kind and kind.national_number_pattern
-        )
-    return "|".join(f"(?:{trunk})?(?:{'|'.join(form)})" for trunk, form in forms.items()) or r"(?!)"
-
-
-def lengths_of_countries() -> dict[str, set[int]]:
-    """Return for each calling code the lengths that its national numbers have."""
-    lengths: dict[str, set[int]] = defaultdict(set)
-    for code, regions in COUNTRY_CODE_TO_REGION_CODE.items():
-        for region in regions:
-            country = PhoneMetadata.metadata_for_region_or_calling_code(code, region)
-            if country and country.general_desc:
-                lengths[str(code)] |= set(country.general_desc.possible_length)
-    return lengths | {"1": {10}}  # seven digits are local ones
+        numbers = [kind.national_number_pattern for kind in kinds if kind]
+        forms.append(f"(?:{country.national_prefix or ''})?(?:{'|'.join(filter(None, numbers))})")
+    return "|".join(forms)

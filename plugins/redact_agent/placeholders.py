@@ -11,7 +11,6 @@ import json
 import re
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from typing import Any
 
 from .finding import Span, merged, windows
 
@@ -45,14 +44,13 @@ class Placeholders:
         self._numbers: Counter[str] = Counter()
         self._of: dict[str, str] = {}  # value to placeholder
         self._values: dict[str, str] = {}  # placeholder, without brackets, to value
-        self._beginnings: set[str] = {""}
         self._held = ""
         self._before = ""  # the last signs of what was sent already
 
-    def hide(self, text: str, *finds: list[Span]) -> str:
+    def hide(self, text: str, spans: Iterable[Span]) -> str:
         """Return `text` with a placeholder for each span of what `find` found."""
         pieces, at = [], 0
-        for span in merged(*finds):
+        for span in merged(spans):
             value = LETTERS.sub(unescaped, text[span.start : span.end])
             pieces += [text[at : span.start], self._of.get(value) or self._new(span.kind, value)]
             at = span.end
@@ -65,18 +63,7 @@ class Placeholders:
             name = f"{kind}_{self._numbers[kind]}"
         self._of[value] = f"[{name}]"
         self._values[name] = value
-        self._beginnings |= {name[:length] for length in range(len(name) + 1)}
         return self._of[value]
-
-    def restore(self, value: Any) -> Any:
-        """Return a JSON value with the values in every text of it, keys of objects included."""
-        if isinstance(value, str):
-            return SHAPE.sub(lambda found: self._value(found, escaped=False), value)
-        if isinstance(value, list):
-            return [self.restore(item) for item in value]
-        if isinstance(value, dict):
-            return {self.restore(key): self.restore(item) for key, item in value.items()}
-        return value
 
     def feed(self, text: str) -> str:
         """Return the next piece of the answer with its values, and hold back what may still
@@ -95,16 +82,16 @@ class Placeholders:
         at, text = len(self._before), self._before + text
         pieces = []
         for found in SHAPE.finditer(text, at):
-            pieces += [text[at : found.start()], self._value(found, escaped=self._escaped)]
+            pieces += [text[at : found.start()], self._value(found)]
             at = found.end()
         self._before = text[-2:]
         return "".join([*pieces, text[at:]])
 
-    def _value(self, found: re.Match[str], *, escaped: bool) -> str:
+    def _value(self, found: re.Match[str]) -> str:
         value = self._values.get(name_of(found))
         if value is None:
             return found[0]
-        if escaped:
+        if self._escaped:
             value = json.dumps(value, ensure_ascii=False)[1:-1]
         if found["word"]:
             return value
@@ -116,9 +103,12 @@ class Placeholders:
         """Return where the beginning of a placeholder stands at the end of a text."""
         for at in range(max(len(self._before), len(text) - LONGEST), len(text)):
             found = BEGINNING.fullmatch(text, at)
-            if found and name_of(found).rstrip("_") in self._beginnings:
+            if found and self._may_become(name_of(found).rstrip("_")):
                 return at
         return len(text)
+
+    def _may_become(self, beginning: str) -> bool:
+        return not beginning or any(name.startswith(beginning) for name in self._values)
 
 
 def shapes(text: str) -> Iterator[re.Match[str]]:

@@ -16,6 +16,7 @@ import asyncio
 import json
 import re
 from collections.abc import Sequence
+from itertools import accumulate
 from typing import Any
 
 from kernel.agent import BaseAgent, Payload, Reply, add_context
@@ -23,14 +24,10 @@ from kernel.agent import BaseAgent, Payload, Reply, add_context
 from .notes import Note, Notes
 
 NOTE = re.compile(r"that(?:\s+(.*))?", re.IGNORECASE | re.DOTALL)
-USAGE = """\
-/remember that my bike is red: keeps a note
-/remember what colour is my bike?: asks the model, with the notes that fit
-/remember:list: lists your notes
-/remember:forget=3: forgets note 3"""
+USAGE = "That makes no sense here: /help remember says what does."
 INSTRUCTION = "These are notes of mine, the newest last. Use those that help with what follows."
+NOTHING = "None of my notes fits what follows."
 NOT_NOTED = "What follows was not noted."
-NOTHING = "None of my notes fits what follows, and nothing new was noted."
 UNDER = "(Nothing was noted. To keep a note, begin with: /remember that)"
 NO_EFFECT = "/explain changes nothing: without it, this would note or forget something."
 AUTO = (
@@ -46,7 +43,7 @@ class Remember(BaseAgent):
     """Keeps short notes, and gives the model those that fit."""
 
     notes: Notes
-    answer: list[str]  # its pieces
+    pieces: list[str] = []  # of the answer to this request
 
     # It is `def`, as `obey` and `kept` are, so that the disk is waited for in a thread.
     def setup(self) -> None:  # type: ignore[override]
@@ -58,31 +55,29 @@ class Remember(BaseAgent):
         self.notes = Notes(self.data_dir / "notes.db")
 
     def on_request(self, payload: Payload) -> Payload:  # type: ignore[override]
-        text, self.answer = self.context.prompt.strip(), []
+        text, asked = self.context.prompt.strip(), self.context.asked
         if self.context.continuation:
             return payload
-        if self.context.asked and (answer := self.obey(text)):
+        if asked and (answer := self.obey(text)):
             raise Reply(answer)
-        if not text:
-            return payload
         found = self.notes.find(self.context.user, text, self.settings["max_matches"])
         lines = fitting(found, self.settings["max_context"])
-        if self.context.asked:
-            lines = [*lines, NOT_NOTED] if lines else []
-            return add_context(payload, "\n".join([INSTRUCTION, *lines]) if lines else NOTHING)
-        return add_context(payload, "\n".join([INSTRUCTION, *lines])) if lines else payload
+        if not text or not (asked or lines):
+            return payload
+        lines = [INSTRUCTION, *lines] if lines else [NOTHING]
+        return add_context(payload, "\n".join([*lines, NOT_NOTED] if asked else lines))
 
     def obey(self, text: str) -> str:
         """Do what the model has no part in and return what to say, or "" where it is asked."""
-        found, forget = NOTE.fullmatch(text), self.arguments["forget"]
+        note, number = NOTE.fullmatch(text), self.arguments["forget"]
         if self.arguments["do"]:
             return self.listed() if self.arguments["do"].lower() == "list" else USAGE
-        if (found or forget) and self.context.explaining:
-            return NO_EFFECT
-        if forget:
-            text = self.notes.forget(self.context.user, forget) or ""
-            return f"Forgotten: {text}" if text else f"There is no note {forget}."
-        return self.note(found[1] or "") if found else ""
+        if self.context.explaining:
+            return NO_EFFECT if note or number else ""
+        if number:
+            text = self.notes.forget(self.context.user, number)
+            return f"Forgotten: {text}" if text else f"There is no note {number}."
+        return self.note(note[1] or "") if note else ""
 
     def note(self, text: str) -> str:
         text, most = " ".join(text.split()), self.settings["max_chars"]
@@ -101,11 +96,11 @@ class Remember(BaseAgent):
         return "\n".join(lines) or "There are no notes."
 
     async def on_chunk(self, text: str) -> str:
-        self.answer.append(text)
+        self.pieces.append(text)
         return text
 
     async def on_end(self) -> str:
-        prompt, answer = self.context.prompt.strip(), "".join(self.answer)
+        prompt, answer = self.context.prompt.strip(), "".join(self.pieces)
         lines: list[str] = []
         if self.settings["auto"] and not self.context.explaining and self.context.finish == "stop":
             facts = await self.facts(prompt, answer) if prompt else []
@@ -121,8 +116,8 @@ class Remember(BaseAgent):
             {"role": "user", "content": f"User: {prompt}\n\nAssistant: {answer}"},
         ]
         try:
-            message = await self.context.message(messages, format=FORMAT, temperature=0)
-            return list(json.loads(message["content"])["facts"])
+            text = await self.context.chat(messages, format=FORMAT, temperature=0)
+            return list(json.loads(text)["facts"])[:3]
         except Exception as exc:  # the answer stands without it
             self.context.log.warning("nothing was noted: %s", type(exc).__name__)
             return []
@@ -130,19 +125,15 @@ class Remember(BaseAgent):
     def kept(self, facts: list[Any]) -> list[str]:
         """Note what is new, and return what to say of it."""
         lines = []
-        for fact in facts[:3]:
+        for fact in facts:
             text = " ".join(str(fact).split())[: self.settings["max_chars"]]
             number, new = self.notes.add(self.context.user, text, self.settings["max_notes"])
-            lines += [f"(Noted as {number}: {text})"] * bool(new and text)
+            lines += [f"(Noted as {number}: {text})"] * new
         return lines
 
 
 def fitting(notes: Sequence[Note], room: int) -> list[str]:
     """Return the best notes as the model reads them, by age, as many as have room."""
-    lines: dict[int, str] = {}
-    for note in notes:
-        room -= len(note.text)
-        if room < 0:
-            break
-        lines[note.number] = f"- {note.text}"
-    return [lines[number] for number in sorted(lines)]
+    sizes = accumulate(len(note.text) for note in notes)
+    some = [note for note, size in zip(notes, sizes, strict=True) if size <= room]
+    return [f"- {note.text}" for note in sorted(some)]

@@ -9,20 +9,18 @@ from __future__ import annotations
 
 import sqlite3
 from collections.abc import Iterator
-from contextlib import closing, contextmanager, suppress
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
 from kernel.agent import beginning, index_words, telling_words
 
-PATIENCE = 10.0  # seconds to wait for another process that writes
+PATIENCE = 10.0  # seconds to wait for another process
 WORDS = 200  # of a prompt that are looked for; a pasted text has thousands
 SCHEMA = (
     "CREATE VIRTUAL TABLE IF NOT EXISTS kept USING fts5 (words, text UNINDEXED, user UNINDEXED,"
     " number UNINDEXED, tokenize = 'porter ascii')"
 )
-OLD = "SELECT text, user, number FROM notes"  # of earlier versions
-ADD = "INSERT INTO kept VALUES (?, ?, ?, ?)"
 ALL = "SELECT number, text FROM kept WHERE user = ? ORDER BY rowid"
 # bm25 is smaller for what fits better; of two that fit alike, the newer one comes first.
 FIND = (
@@ -43,10 +41,7 @@ class Notes:
 
     def __init__(self, file: Path) -> None:
         self.file = file
-        with self._open() as db, writing(db):  # what is wrong with the file shows here
-            if db.execute("SELECT 1 FROM sqlite_master WHERE name = 'notes'").fetchone():
-                db.executemany(ADD, [(index_words(row[0]), *row) for row in db.execute(OLD)])
-                db.execute("DROP TABLE notes")
+        self.all("")  # what is wrong with the file shows here
 
     def add(self, user: str, text: str, most: int) -> tuple[int, bool]:
         """Keep a note; return its number, and whether it is new.
@@ -54,13 +49,15 @@ class Notes:
         What is noted twice keeps its number; it is 0 if the user has `most` notes already.
         """
         text = text.encode("utf-8", "replace").decode()  # half a character is text in JSON
-        with self._open() as db, writing(db):
+        with self._open() as db:
             notes = read(db, ALL, user)
             numbers = {note.text: note.number for note in notes if note.text}
             if text in numbers or len(numbers) >= most or not text:
                 return numbers.get(text, 0), False
             number = max((note.number for note in notes), default=0) + 1
-            db.execute(ADD, [index_words(text), text, user, number])
+            db.execute(
+                "INSERT INTO kept VALUES (?, ?, ?, ?)", [index_words(text), text, user, number]
+            )
             return number, True
 
     def all(self, user: str) -> list[Note]:
@@ -73,18 +70,16 @@ class Notes:
 
         Where none does, those that share a word's beginning.
         """
-        words = telling_words(text)[:WORDS]
+        words = telling_words(text)[:WORDS] or [""]  # which finds nothing
         exact = " OR ".join(f'"{word}"' for word in words)
         alike = " OR ".join(f'"{beginning(word)}"*' for word in words)
         with self._open() as db:
-            if not words:
-                return []
             return read(db, FIND, exact, user, most) or read(db, FIND, alike, user, most)
 
-    def forget(self, user: str, number: int) -> str | None:
-        """Take a note's text out of the file and return it; None if there is no such note."""
-        with self._open() as db, writing(db):
-            text = dict(read(db, ALL, user)).get(number)
+    def forget(self, user: str, number: int) -> str:
+        """Take a note's text out of the file and return it; "" if there is no such note."""
+        with self._open() as db:
+            text = dict(read(db, ALL, user)).get(number, "")
             if text:
                 clear = "UPDATE kept SET words = '', text = '' WHERE user = ? AND number = ?"
                 db.execute(clear, [user, number])
@@ -93,22 +88,14 @@ class Notes:
 
     @contextmanager
     def _open(self) -> Iterator[sqlite3.Connection]:
+        """Open the file for one transaction, in which nobody else reads or writes."""
         self.file.parent.mkdir(parents=True, exist_ok=True)
         self.file.touch(mode=0o600)  # SQLite gives its other files the mode of this one
-        with closing(sqlite3.connect(self.file, timeout=PATIENCE, isolation_level=None)) as db:
-            with suppress(sqlite3.OperationalError):  # another process does the same
-                db.execute("PRAGMA journal_mode = WAL")
+        with closing(sqlite3.connect(self.file, timeout=PATIENCE, isolation_level=None)) as db, db:
             db.execute("PRAGMA secure_delete = ON")  # what is forgotten is overwritten
+            db.execute("BEGIN IMMEDIATE")
             db.execute(SCHEMA)
             yield db
-
-
-@contextmanager
-def writing(db: sqlite3.Connection) -> Iterator[None]:
-    """Make one transaction of the block, in which nobody else writes."""
-    with db:
-        db.execute("BEGIN IMMEDIATE")
-        yield
 
 
 def read(db: sqlite3.Connection, select: str, *values: object) -> list[Note]:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+from itertools import pairwise
 from pathlib import Path
 
 from kernel.agent import BaseAgent, Message, Payload, is_user, texts
@@ -22,9 +23,7 @@ INSTRUCTION = (
     " facts, names, numbers, decisions, open questions. Answer with the summary alone."
 )
 TITLE = "Summary of the conversation so far:\n"
-Part = tuple[
-    str, str
-]  # the digest of a conversation up to a cut, and its text since the cut before
+Part = tuple[str, str]  # the digest of a conversation up to a cut, its text since the cut before
 
 
 class Summarize(BaseAgent):
@@ -35,9 +34,9 @@ class Summarize(BaseAgent):
             raise ValueError("settings: keep must be at least 1, and limit at least 100")
 
     async def on_request(self, payload: Payload) -> Payload:
-        limit, keep, messages = self.settings["limit"], self.settings["keep"], payload["messages"]
-        model = self.context.model
-        parts, first, end = await asyncio.to_thread(parts_of, messages, limit, keep, model)
+        messages, limit, keep = payload["messages"], self.settings["limit"], self.settings["keep"]
+        shorten = asyncio.to_thread(parts_of, messages, limit, keep, self.context.model)
+        parts, first, end = await shorten
         if parts:
             summary = {"role": "system", "content": TITLE + await self.summary(parts)}
             within = [m for m in messages[first:end] if m.get("role") in SYSTEM]
@@ -73,8 +72,7 @@ def parts_of(
 ) -> tuple[list[Part], int, int]:
     """Return the parts of a conversation that are summed up, and where they begin and end."""
     starts = turns(messages)
-    ends = [*starts[1:], len(messages)]
-    spoken = [transcript(messages[at:end]) for at, end in zip(starts, ends, strict=True)]
+    spoken = [transcript(messages[at:end]) for at, end in pairwise([*starts, len(messages)])]
     parts: list[Part] = []
     at, digest = 0, f"{model} {limit}"
     for end in cuts([len(text) // 4 for text in spoken], limit, keep):

@@ -1,11 +1,10 @@
 """Translate: the answer arrives in the language you name, whatever language the model chose.
 
-Thoughts are taken out. Program text goes round the translation and comes back byte for byte: a
-fenced block divides the answer, and inline code becomes a tag in a question. A long answer is cut
-between paragraphs and asked about piece by piece. If a tag gets lost, or a line its form (of a
-list, of a table), the same is asked paragraph by paragraph, then line by line, and in the end
-without the code and the marks. A piece that is not translated then is an error: half a translation
-would look like a whole one.
+Thoughts are taken out. Fenced code goes round the translation, and comes back byte for byte. A long
+answer is cut between paragraphs and asked about piece by piece. If inline code or the form of a
+line (of a list, of a table) is not as it was, the same is asked paragraph by paragraph, then line
+by line, and in the end without the code and the marks. A piece that is not translated then is an
+error: half a translation would look like a whole one.
 """
 
 from __future__ import annotations
@@ -15,17 +14,16 @@ import re
 
 from kernel.agent import BaseAgent
 
-from .markdown import FORM, INLINE, pieces, restored, split, tagged, without_thoughts
+from .markdown import KEPT, kept, pieces, split, without_thoughts
 
 # ISO 639-1 codes of the languages that people ask for most; any other word is taken as a name.
-LANGUAGES = {
-    "ar": "Arabic", "cs": "Czech", "da": "Danish", "de": "German", "el": "Greek", "en": "English",
-    "es": "Spanish", "fi": "Finnish", "fr": "French", "he": "Hebrew", "hi": "Hindi",
-    "hu": "Hungarian", "id": "Indonesian", "it": "Italian", "ja": "Japanese", "ko": "Korean",
-    "nl": "Dutch", "no": "Norwegian", "pl": "Polish", "pt": "Portuguese", "ro": "Romanian",
-    "ru": "Russian", "sv": "Swedish", "th": "Thai", "tr": "Turkish", "uk": "Ukrainian",
-    "vi": "Vietnamese", "zh": "Chinese",
-}  # fmt: skip
+CODES = (
+    "ar=Arabic cs=Czech da=Danish de=German el=Greek en=English es=Spanish fi=Finnish fr=French"
+    " he=Hebrew hi=Hindi hu=Hungarian id=Indonesian it=Italian ja=Japanese ko=Korean nl=Dutch"
+    " no=Norwegian pl=Polish pt=Portuguese ro=Romanian ru=Russian sv=Swedish th=Thai tr=Turkish"
+    " uk=Ukrainian vi=Vietnamese zh=Chinese"
+)
+LANGUAGES = dict(code.split("=") for code in CODES.split())
 
 INSTRUCTION = (
     "You are a translator. Translate what the user sends into {language}. Answer with the"
@@ -34,14 +32,9 @@ INSTRUCTION = (
     " it unchanged."
 )
 GLOSSARY = "\n\nWhere this glossary is {language}, use its words:"
-TAGGED = "\n\nA tag like {tag} stands for a word. Put it where the word belongs, unchanged."
 MOST = 2000  # characters of a question: with its answer it fits into a small context
 # How a piece is divided if its translation is not usable: the finest leaves bare words.
-DIVISIONS = (
-    re.compile(r"\n\s*\n"),
-    re.compile(r"\n"),
-    re.compile(f"{INLINE.pattern}|{FORM.pattern}", re.S | re.M),
-)
+DIVISIONS = (re.compile(r"\n\s*\n"), re.compile(r"\n"), KEPT)
 
 
 class Translate(BaseAgent):
@@ -60,30 +53,24 @@ class Translate(BaseAgent):
 
     async def translated(self, text: str, level: int = 0) -> str:
         """Return a text without fenced code in the other language. Raises ValueError."""
-        if not has_letters(INLINE.sub("", text)):
+        if not any(map(str.isalpha, KEPT.sub("", text))):
             return text
-        question, codes = tagged(text)
-        answer = await self.ask(question, TAGGED.format(tag=f"<c{[*codes][0]}/>") if codes else "")
-        usable = restored(question, answer, codes)
-        while usable is None and level < len(DIVISIONS):
-            parts = split(DIVISIONS[level], text)
-            level += 1
+        answer = await self.ask(text)
+        if answer and kept(answer) == kept(text):
+            return answer
+        for finer, division in enumerate(DIVISIONS[level:], level + 1):
+            parts = [*split(division, text)]
             if len(parts) > 1:
-                return "".join([await self.translated(part, level) + by for part, by in parts])
-        if usable is None:
-            raise ValueError("the model did not translate a part of the answer")
-        return usable
+                return "".join([await self.translated(part, finer) + by for part, by in parts])
+        raise ValueError("the model did not translate a part of the answer")
 
-    async def ask(self, text: str, note: str = "") -> str:
+    async def ask(self, text: str) -> str:
         """Return what the model makes of a text, in the white space of the text, or "".
 
         Raises UpstreamError, also where the translation was cut off.
         """
-        body = text.strip()
-        messages = [
-            {"role": "system", "content": self.instruction() + note},
-            {"role": "user", "content": body},
-        ]
+        body, system = text.strip(), {"role": "system", "content": self.instruction()}
+        messages = [system, {"role": "user", "content": body}]
         answer = without_thoughts(await self.context.chat(messages, temperature=0)).strip()
         return text.replace(body, answer, 1) if answer else ""
 
@@ -94,7 +81,3 @@ class Translate(BaseAgent):
             lines = [f"- {term}: {translation}" for term, translation in glossary.items()]
             text += "\n".join([GLOSSARY.format(language=language), *lines])
         return text
-
-
-def has_letters(text: str) -> bool:
-    return any(map(str.isalpha, text))

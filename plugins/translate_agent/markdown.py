@@ -9,10 +9,7 @@ from itertools import pairwise
 from markdown_it import MarkdownIt
 
 PARSER = MarkdownIt("commonmark").enable("table").disable("inline")
-CODE = ("fence", "code_block")
 LINE = re.compile(r"[^\r\n]*(?:\r\n?|\n)|[^\r\n]+")  # as CommonMark ends lines
-# As many backticks as opened it end inline code, before its paragraph ends.
-INLINE = re.compile(r"(?<!`)(?P<ticks>`{1,9})(?!`)(?:(?!\n\s*\n).)+?(?<!`)(?P=ticks)(?!`)", re.S)
 # Thoughts, but not in code; some templates open them, and only their end is in the answer.
 THOUGHT = re.compile(
     r"(?P<code>^[ \t]*(?P<fence>`{3,}|~{3,}).*?(?:^[ \t]*(?P=fence)|\Z))"
@@ -20,9 +17,13 @@ THOUGHT = re.compile(
     r"|\A(?:(?!<think|```).)*?^[ \t]*</think(?:ing)?>[ \t]*$\s*",
     re.IGNORECASE | re.DOTALL | re.MULTILINE,
 )
-# The form of a line: of a list, a heading, a quotation, a fence, or the cells of a table.
-FORM = re.compile(r"^[ \t]*(?:(?:[-*+]|\d{1,9}[.)]|#{1,6}|>)(?=[ \t]|$)|```|~~~)|(?<!\\)\|", re.M)
-TAG = re.compile(r"(`?)<c(\d{1,9})\s?/?>\1", re.I)  # some models make inline code of a tag
+# What a translation has to keep: inline code, which as many backticks end as opened it, before its
+# paragraph ends; and the form of a line (of a list, a heading, a quotation, a fence, a table).
+KEPT = re.compile(
+    r"(?<!`)(?P<ticks>`{1,9})(?!`)(?:(?!\n\s*\n).)+?(?<!`)(?P=ticks)(?!`)"
+    r"|^[ \t]*(?:(?:[-*+]|\d{1,9}[.)]|#{1,6}|>)(?=[ \t]|$)|```|~~~)|(?<!\\)\|",
+    re.DOTALL | re.MULTILINE,
+)
 
 
 def without_thoughts(text: str) -> str:
@@ -34,58 +35,43 @@ def pieces(text: str, most: int) -> Iterator[tuple[str, bool]]:
 
     They end between two blocks if they can, else between lines, else between words.
     """
-    maps = [(token, token.map) for token in PARSER.parse(text) if token.map]
-    code = {line for token, at in maps if token.type in CODE for line in range(*at)}
-    starts = {at[0] for token, at in maps if token.level == 0}
-    lines = LINE.findall(text)
-    changes = {n for n in range(len(lines)) if (n in code) != (n - 1 in code)}
+    parts = re.compile(rf"(?s).{{1,{most}}}(?<=\n)|.{{1,{most}}}(?<=\s)|.{{1,{most}}}")
     piece = ""
-    for first, end in pairwise([*sorted({0, *starts, *changes}), len(lines)]):
-        block = "".join(lines[first:end])
-        for part in [block] if first in code else shortened(block, lines[first:end], most):
-            if piece and (first in code or len(piece) + len(part) > most):
+    for block, is_code in blocks(text):
+        if is_code:
+            yield piece, False
+            yield block, True
+            piece = ""
+            continue
+        for part in parts.findall(block) if len(block) > most else [block]:
+            if len(piece) + len(part) > most:
                 yield piece, False
                 piece = ""
-            if first in code:
-                yield part, True
-            else:
-                piece += part
-    if piece:
-        yield piece, False
+            piece += part
+    yield piece, False
 
 
-def shortened(block: str, lines: list[str], most: int) -> list[str]:
-    """Return a block, or if it is too long its lines, and words of lines that are too long."""
-    words = re.compile(rf"(?s).{{1,{most}}}(?<=\s)|.{{1,{most}}}")
-    return [block] if len(block) <= most else [p for line in lines for p in words.findall(line)]
+def blocks(text: str) -> Iterator[tuple[str, bool]]:
+    """Yield the blocks of a text, each with whether it is code."""
+    maps = [(token, token.map) for token in PARSER.parse(text) if token.map]
+    starts = {at[0] for token, at in maps if token.level == 0}
+    fences = [at for token, at in maps if token.type in ("fence", "code_block")]
+    code = {line for at in fences for line in range(*at)}
+    lines = LINE.findall(text)
+    changes = {n for n in range(len(lines)) if (n in code) != (n - 1 in code)}
+    for first, end in pairwise(sorted({0, *starts, *changes, len(lines)})):
+        yield "".join(lines[first:end]), first in code
 
 
-def split(separator: re.Pattern[str], text: str) -> list[tuple[str, str]]:
-    """Return pairs of a text and the separator behind it; the last separator is empty."""
-    found = [*separator.finditer(text)]
-    starts = [0, *(one.end() for one in found)]
-    ends = [*(one.start() for one in found), len(text)]
-    separators = [*(one[0] for one in found), ""]
-    return [(text[a:b], s) for a, b, s in zip(starts, ends, separators, strict=True)]
+def kept(text: str) -> list[str]:
+    """Return the inline code and the forms of lines in a text, in any order."""
+    return sorted(found[0].strip() for found in KEPT.finditer(text))
 
 
-def tagged(text: str) -> tuple[str, dict[int, str]]:
-    """Return a text with tags like `<c1/>` in place of inline code, and the code of each tag."""
-    first = max((int(found[2]) for found in TAG.finditer(text)), default=0) + 1
-    codes: dict[int, str] = {}
-
-    def tag(found: re.Match[str]) -> str:
-        codes[first + len(codes)] = found[0]
-        return f"<c{first + len(codes) - 1}/>"
-
-    return INLINE.sub(tag, text), codes
-
-
-def restored(question: str, answer: str, codes: dict[int, str]) -> str | None:
-    """Return the answer with its code, or None if a tag is missing or lines have another form."""
-    numbers = [int(found[2]) for found in TAG.finditer(answer)]
-    forms = [[form.strip() for form in FORM.findall(text)] for text in (question, answer)]
-    kept = sorted(n for n in numbers if n in codes) == [*codes] and forms[0] == forms[1]
-    if not kept or not answer:
-        return None
-    return TAG.sub(lambda found: codes.get(int(found[2]), found[0]), answer)
+def split(separator: re.Pattern[str], text: str) -> Iterator[tuple[str, str]]:
+    """Yield pairs of a text and the separator behind it; the last separator is empty."""
+    at = 0
+    for found in separator.finditer(text):
+        yield text[at : found.start()], found[0]
+        at = found.end()
+    yield text[at:], ""

@@ -76,8 +76,7 @@ class Rules:
         if not self.hosts:
             raise FetchError(NO_HOSTS, 403)
         host, unlisted = host_of(url), "is not one of those that the operator lists in settings"
-        parts = host.split(".")
-        above = {f"*.{'.'.join(parts[n:])}" for n in range(1, len(parts))}
+        above = {f"*{host[dot.start() :]}" for dot in re.finditer(r"\.", host)}
         if self.hosts.isdisjoint({host, *above}):
             raise FetchError(f"its host {unlisted}.hosts", 403)
         if port_of(url) not in self.ports:

@@ -1,13 +1,12 @@
 """Text: what a person would read of a page, as lines, much like Markdown.
 
-Lexbor (by selectolax) parses HTML as browsers do, and like theirs its time and memory grow with the
-square of the length for pages made to hurt: 34 kB of bold text cost 3 GB. So it gets only the tags
-of what is left out, without attributes, and not too many; other tags become signs before that.
+Lexbor (by selectolax) parses HTML as browsers do. Like theirs its time and memory grow with the
+square of the length for pages made to hurt, so it gets no tags that it would open again in each
+block, and not too many of the others.
 """
 
 from __future__ import annotations
 
-import itertools
 import json
 import re
 from pathlib import Path
@@ -19,35 +18,20 @@ from .rules import FetchError
 
 HTML = ("text/html", "application/xhtml+xml")
 NOISE = "aside audio button canvas datalist dialog footer iframe math nav noframes noscript object"
-NOISE += " select svg template textarea video"
-KEPT = {*NOISE.split(), "head", "title", "pre"}
-MOST_TAGS = 20_000  # of a page; if it nests them all, Lexbor needs half a second
-# The signs that stand for tags: a line's end, a space of <pre>, a mark's end (no line ends behind
-# it), a cell's begin (no line ends before it), a row's begin.
-LINE, INDENT, MARK, CELL, ROW = "\1\2\3\4\5"
-LINES = "address article blockquote body br caption dd details div dl dt fieldset figcaption figure"
-LINES += " form header hr legend li main ol p pre section summary table tr ul h1 h2 h3 h4 h5 h6"
-SIGNS = {name: LINE for tag in LINES.split() for name in (tag, f"/{tag}")}
-SIGNS |= {f"h{level}": f"{LINE}{'#' * level} {MARK}" for level in range(1, 7)}
-SIGNS |= {
-    "li": f"{LINE}- {MARK}",
-    "/li": ROW,
-    "tr": ROW,
-    "td": f"{CELL}| {MARK}",
-    "th": f"{CELL}| {MARK}",
-}
-
-# A comment, a script or a tag, as the HTML standard cuts them: quotes count only behind an equals
-# sign, and whatever is never closed goes on to the end. So each character is looked at once.
-TOKEN = re.compile(
-    r"<!--(?:-?>|.*?(?:--!?>|\Z))"
-    r"|<(?:script|style)(?=[\s/>]).*?(?:</(?:script|style)(?=[\s/>])[^>]*>?|\Z)"
-    r"|<(?P<tag>/?[a-z][^\s/>]*+)(?:[^>=]++"
-    r"""|=\s*+(?:"[^"]*+(?:"|\Z)|'[^']*+(?:'|\Z)|(?!["'])[^\s>]*+))*+(?:>|\Z)""",
-    re.IGNORECASE | re.DOTALL,
+NOISE += " script select style svg template textarea video"
+# 34 kB of bold text cost 3 GB: https://html.spec.whatwg.org/#reconstruct-the-active-formatting-elements
+FORMATTING = re.compile(
+    r"</?(?:a|b|big|code|em|font|i|nobr|s|small|strike|strong|tt|u)(?=[\s/>])", re.IGNORECASE
 )
+MOST_TAGS = 20_000  # of a page; if it nests them all, Lexbor needs half a second
+# The marks that stand for tags: a line's end, a space of <pre>, the end of a line's first sign (no
+# line ends behind it), a cell's begin (no line ends before it), a row.
+LINE, INDENT, FIRST, CELL, ROW = "\1\2\3\4\5"
+BLOCKS = "address article blockquote br caption dd details div dl dt fieldset figcaption figure"
+BLOCKS += " form header hr legend li main ol p pre section summary table tr ul h1 h2 h3 h4 h5 h6"
+BEGINS = {"li": f"{LINE}- {FIRST}", "td": f"{CELL}| {FIRST}", "th": f"{CELL}| {FIRST}"}
+BEGINS |= {"tr": ROW} | {f"h{level}": f"{LINE}{'#' * level} {FIRST}" for level in range(1, 7)}
 SPACE = re.compile(r"\s+")
-PRE = re.compile(r"<pre>.*?(?:</pre>|\Z)", re.DOTALL)
 # Control characters, those that turn the direction of text, and those that no reader can see but a
 # model reads (tags): a page could hide a text for the model in them.
 UNSEEN = re.compile(
@@ -84,20 +68,20 @@ def read_text(body: bytes, kind: str, charset: str, most: int) -> tuple[str, str
 
 def parts_of(page: str) -> tuple[str, str]:
     """Return title and text of a page in HTML."""
-    numbers = itertools.count()
-
-    def sign(found: re.Match[str]) -> str:
-        name = (found["tag"] or "").lower()
-        kept = name.removeprefix("/") in KEPT and next(numbers) < MOST_TAGS
-        return SIGNS.get(name, "") + (f"<{name}>" if kept else "")
-
-    page = PRE.sub(lambda pre: pre[0].translate({10: LINE, 32: INDENT}), TOKEN.sub(sign, page))
+    page = FORMATTING.sub(rf"\g<0>{LINE}", page)  # a tag of another name, that means nothing
+    page = "<".join(page.split("<", MOST_TAGS)[:MOST_TAGS])
     tree = LexborHTMLParser(page)
     title = tree.css_first("head > title")
     tree.strip_tags(NOISE.split())
+    for node in tree.css("pre:not(pre *)"):
+        node.replace_with(f"{LINE}{node.text().translate({10: LINE, 32: INDENT})}{LINE}")
+    for node in tree.css(", ".join(["td, th", *BLOCKS.split()])):
+        node.insert_before(BEGINS.get(node.tag or "", LINE))
+        if node.tag not in ("td", "th"):
+            node.insert_after(ROW if node.tag == "li" else LINE)
     text = SPACE.sub(" ", tree.body.text() if tree.body else "")
     text = re.sub(rf"(?<![ {LINE}])[ {LINE}]*+{CELL}", " ", text)
-    text = re.sub(rf"{MARK}[ {LINE}]*", "", text)
+    text = re.sub(rf"{FIRST}[ {LINE}]*", "", text)
     text = re.sub(rf" *[{LINE}{ROW}][ {LINE}{ROW}]*", "\n", text).replace(INDENT, " ")
     named = SPACE.sub(" ", UNSEEN.sub("", title.text() if title else ""))
     return named.strip()[:200], UNSEEN.sub("", text)
@@ -114,17 +98,17 @@ def decode(body: bytes, kind: str, charset: str) -> str:
         if body.startswith(bom):
             return body.decode(name, "replace")
     found = DECLARED.search(body[:HEAD]) if kind in HTML else None
-    labels = [charset.lower(), found[1].decode("ascii", "replace").lower() if found else ""]
-    names = [CODECS[label] for label in labels if label in CODECS]
-    # A declaration that can be read byte by byte is none of UTF-16.
-    names = [name for name in names if name[:6] != "utf-16" or name != CODECS.get(labels[1])]
+    declared = CODECS.get(found[1].decode("ascii", "replace").lower(), "") if found else ""
+    if declared.startswith("utf-16"):  # it can be read byte by byte, so it is none
+        declared = ""
     utf_8 = body.decode("utf-8", "replace")
     is_utf_8 = "\ufffd" not in utf_8 and len(body) - len(utf_8) > 2  # two: of another charset?
     sample = MARKUP.sub(b" ", body[: 10 * SAMPLE])[:SAMPLE]
-    if len(ASCII.sub(b"", sample)) * 5 > len(sample):
-        names = [name for name in names if name != "cp1252"]
+    few_latin = len(ASCII.sub(b"", sample)) * 5 > len(sample)
     sure = ["utf-8"] if is_utf_8 else ["iso2022_jp"] if JIS.search(body) else []
-    for name in (*sure, *names, "utf-8"):
+    for name in filter(None, (*sure, CODECS.get(charset.lower()), declared, "utf-8")):
+        if few_latin and name == "cp1252":
+            continue
         text = body.decode(name, "replace")
         if text.count("\ufffd") * 100 <= len(text):
             return text

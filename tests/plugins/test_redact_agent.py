@@ -109,6 +109,7 @@ def restored(agent: Redact, chunks: Iterable[str]) -> str:
         ("NO93 8601 1117 947", "[IBAN_1]"),
         # cards
         ("4111 1111 1111 1111", "[CARD_1]"),
+        ("4111111111111111", "[CARD_1]"),  # also as a tool's whole result
         ("4111-1111-1111-1111, 4111111111111111", "[CARD_1], [CARD_2]"),
         ("3782 822463 10005 378282246310005", "[CARD_1] [CARD_2]"),
         ("30569309025904", "[CARD_1]"),
@@ -236,10 +237,8 @@ def test_every_part_of_text_is_searched() -> None:
 
     _, messages = asked({"role": "user", "content": parts})
 
-    assert [part["text"] for part in messages[0]["content"]] == [
-        "[EMAIL_1]",
-        "[EMAIL_2], [EMAIL_1]",
-    ]
+    hidden = [part["text"] for part in messages[0]["content"]]
+    assert hidden == ["[EMAIL_1]", "[EMAIL_2], [EMAIL_1]"]
 
 
 @pytest.mark.parametrize("as_text", [True, False])
@@ -252,13 +251,8 @@ def test_the_arguments_of_tool_calls_in_the_history_are_searched(as_text: bool) 
 
     (changed,) = messages[0]["tool_calls"]
     told = changed["function"]["arguments"]
-    assert (json.loads(told) if as_text else told) == {
-        "name": "[NAME_2]",
-        "id": "[EMAIL_1]",
-        "n": 3,
-        "card": "[CARD_1]",
-        "[EMAIL_2]": [],
-    }
+    hidden = {"name": "[NAME_2]", "id": "[EMAIL_1]", "n": 3, "card": "[CARD_1]", "[EMAIL_2]": []}
+    assert (json.loads(told) if as_text else told) == hidden
     assert changed | {"function": function} == call
     assert changed["function"]["name"] == "[NAME_1]"
 
@@ -280,32 +274,20 @@ def test_a_tools_result_without_private_values_stays_as_it_is(text: str) -> None
     assert messages[0]["content"] == text
 
 
-def test_a_tools_result_that_is_a_number_stays_text() -> None:
-    _, messages = asked({"role": "tool", "content": "4111111111111111"})
-
-    assert messages[0]["content"] == "[CARD_1]"
-
-
 def test_a_password_is_known_again_without_the_word_before_it() -> None:
     """An answer repeats it, and comes back in the next request."""
     long = "-x9" + "y8" * 150
-    _, messages = asked(
-        {"role": "user", "content": f"password: hunter2, pwd={long}, tel 612 345 678"},
-        {
-            "role": "assistant",
-            "content": f"(hunter2) /hunter2/ hunter22 {long}. Is 612 345 678 ok?",
-        },
-    )
+    told = f"password: hunter2, pwd={long}, tel 612 345 678"
+    answer = f"(hunter2) /hunter2/ hunter22 {long}. Is 612 345 678 ok?"
+    _, messages = asked({"role": "user", "content": told}, {"role": "assistant", "content": answer})
 
-    assert messages[1]["content"] == (
-        "([SECRET_1]) /[SECRET_1]/ hunter22 [SECRET_2]. Is [PHONE_1] ok?"
-    )
+    shown = "([SECRET_1]) /[SECRET_1]/ hunter22 [SECRET_2]. Is [PHONE_1] ok?"
+    assert messages[1]["content"] == shown
 
 
 def test_numbers_that_somebody_wrote_himself_are_not_used() -> None:
-    agent, messages = asked(
-        {"role": "user", "content": "What is [email_1], \\[EMAIL\\_2\\] or [NAME_1]? Ask bob@x.de"},
-    )
+    content = "What is [email_1], \\[EMAIL\\_2\\] or [NAME_1]? Ask bob@x.de"
+    agent, messages = asked({"role": "user", "content": content})
 
     assert messages[0]["content"].endswith("Ask [EMAIL_3]")
     text = "[email_1] [EMAIL_2] [NAME_1] [EMAIL_3]"
@@ -319,11 +301,8 @@ def test_a_placeholder_in_the_models_own_thoughts_keeps_its_meaning() -> None:
         {"role": "assistant", "content": "Hello bob@x.de", "thinking": "[EMAIL_1] says hello"},
     )
 
-    assert messages[1] == {
-        "role": "assistant",
-        "content": "Hello [EMAIL_1]",
-        "thinking": "[EMAIL_1] says hello",
-    }
+    assert messages[1]["content"] == "Hello [EMAIL_1]"
+    assert messages[1]["thinking"] == "[EMAIL_1] says hello"
     assert restored(agent, ["[EMAIL_1]"]) == "bob@x.de"
 
 
@@ -356,16 +335,8 @@ def test_only_what_may_become_a_placeholder_is_held_back() -> None:
 
     agent, _ = asked({"role": "user", "content": "bob@x.de"})
 
-    assert asyncio.run(pieces("a [", "b] [EM", "AIL_", "1", "] c", "[EMAIL_2", "]", " [NAME")) == [
-        "a ",
-        "[b] ",
-        "",
-        "",
-        "bob@x.de c",
-        "[EMAIL_2",
-        "]",
-        " [NAME",
-    ]
+    sent = asyncio.run(pieces("a [", "b] [EM", "AIL_", "1", "] c", "[EMAIL_2", "]", " [NAME"))
+    assert sent == ["a ", "[b] ", "", "", "bob@x.de c", "[EMAIL_2", "]", " [NAME"]
 
 
 PIECES = st.sampled_from(
@@ -404,10 +375,8 @@ def test_what_was_hidden_comes_back_letter_for_letter(text: str, places: list[in
 @pytest.mark.parametrize(
     "fields",
     [
-        {"format": "json"},
-        {"format": {"type": "object"}},
-        {"response_format": {"type": "json_object"}},
-        {"response_format": {"type": "json_schema", "json_schema": {}}},
+        *({"format": form} for form in ("json", {"type": "object"})),
+        *({"response_format": {"type": kind}} for kind in ("json_object", "json_schema")),
     ],
 )
 def test_where_json_is_asked_for_values_keep_it_valid(fields: dict[str, Any]) -> None:
@@ -676,18 +645,13 @@ CASES = Path(__file__).with_name("redact_cases.txt").read_text(encoding="utf-8")
 MARKED = re.compile("⟦(.*?)⟧")
 
 
-def spans(text: str) -> set[str]:
-    """Return the private values that a case marks."""
-    return set(MARKED.findall(text))
-
-
 def test_what_is_private_is_found_in_many_languages_and_little_else(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     right = missed = wrong = 0
     for case in (case for case in CASES if case and not case.startswith("#")):
         text = re.sub(r"<U\+(\w+)>", lambda m: chr(int(m[1], 16)), case.partition("|")[2])
-        plain, private = MARKED.sub(r"\1", text), spans(text)
+        plain, private = MARKED.sub(r"\1", text), set(MARKED.findall(text))
         mine, _ = asked({"role": "user", "content": plain})
         found = set(mine.placeholders._of)
         right, missed = right + len(found & private), missed + len(private - found)

@@ -5,30 +5,21 @@ from __future__ import annotations
 import asyncio
 import copy
 import json
-import logging
 import os
 import shutil
 import sqlite3
-from contextlib import closing
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from kernel.agent import Context, Payload, Reply
-from plugins.remember_agent.agent import (
-    INSTRUCTION,
-    NO_EFFECT,
-    NOT_NOTED,
-    NOTHING,
-    UNDER,
-    USAGE,
-    Remember,
-)
+from kernel.agent import Payload, Reply
+from plugins.remember_agent import agent as texts
+from plugins.remember_agent.agent import INSTRUCTION, NOT_NOTED, NOTHING, Remember
+from tests.plugins.context import a_context, no_model
 
-CONFIG = json.loads(
-    (Path(__file__).parents[2] / "plugins/remember_agent/config.json").read_text(encoding="utf-8")
-)
+FOLDER = Path(__file__).parents[2] / "plugins/remember_agent"
+CONFIG = json.loads((FOLDER / "config.json").read_text(encoding="utf-8"))
 RED = "- my bike is red"
 QUESTION = "what colour is my bike?"
 
@@ -46,27 +37,12 @@ def remember(tmp_path: Path) -> Remember:
     return loaded(tmp_path)
 
 
-async def no_model(path: str, body: Payload) -> Any:
-    raise AssertionError("no model was to be asked")
-
-
-def an_instance(remember: Remember, prompt: str, ask: Any = no_model, **values: Any) -> Remember:
+def an_instance(remember: Remember, prompt: str, model: Any = no_model, **values: Any) -> Remember:
     """Return the agent as one request has it; `values` are its arguments and of its context."""
     agent = copy.copy(remember)
+    agent.pieces = []
     agent.arguments = {"do": values.pop("do", ""), "forget": values.pop("forget", 0)}
-    fields: Any = {"asked": True, "continuation": False, "explaining": False, "user": ""} | values
-    agent.context = Context(
-        request_id="1",
-        model="demo",
-        dialect="ollama",
-        streams=True,
-        prompt=prompt,
-        state={},
-        log=logging.LoggerAdapter(logging.getLogger("test")),
-        ask=ask,
-        listen=no_model,  # type: ignore[arg-type]
-        **fields,
-    )
+    agent.context = a_context(prompt, model, **values)
     return agent
 
 
@@ -111,14 +87,16 @@ async def test_what_begins_with_that_is_a_note(remember: Remember, typed: str, n
 async def test_anything_else_goes_to_the_model_which_is_told_that_it_was_not_noted(
     remember: Remember, typed: str
 ) -> None:
-    assert await ask(remember, typed) == f"{NOTHING}\n\n{typed}"
+    assert await ask(remember, typed) == f"{NOTHING}\n{NOT_NOTED}\n\n{typed}"
     await note(remember, "my bike is red")
 
     assert await ask(remember, typed) == f"{INSTRUCTION}\n{RED}\n{NOT_NOTED}\n\n{typed}"
     assert await listed(remember) == "- 1: my bike is red"
 
 
-@pytest.mark.parametrize(("typed", "under"), [("my bike is red", f"\n\n{UNDER}"), (QUESTION, "")])
+@pytest.mark.parametrize(
+    ("typed", "under"), [("my bike is red", f"\n\n{texts.UNDER}"), (QUESTION, "")]
+)
 async def test_under_the_answer_to_what_is_no_question_stands_that_nothing_was_noted(
     remember: Remember, typed: str, under: str
 ) -> None:
@@ -138,7 +116,7 @@ async def test_what_makes_no_sense_gets_the_usage(
 ) -> None:
     await note(remember, "my bike is red")
 
-    assert await ask(remember, typed, **arguments) == USAGE
+    assert await ask(remember, typed, **arguments) == texts.USAGE
     assert await listed(remember, forget=1) == "- 1: my bike is red"  # a list forgets nothing
 
 
@@ -171,8 +149,8 @@ async def test_what_is_forgotten_is_not_in_the_file_any_more(
 async def test_explaining_notes_and_forgets_nothing(remember: Remember) -> None:
     await note(remember, "my bike is red")
 
-    assert await ask(remember, "that x", explaining=True) == NO_EFFECT
-    assert await ask(remember, "", forget=1, explaining=True) == NO_EFFECT
+    assert await ask(remember, "that x", explaining=True) == texts.NO_EFFECT
+    assert await ask(remember, "", forget=1, explaining=True) == texts.NO_EFFECT
     assert await listed(remember, explaining=True) == "- 1: my bike is red"
 
 
@@ -205,12 +183,8 @@ async def test_other_forms_and_spellings_of_a_word_find_it(
 @pytest.mark.parametrize(
     "question",
     [
-        '" OR text : "',
-        "NEAR(key, 5) AND NOT (key OR",
-        "baker* ^key {user}: -text + 'x'",
-        "; DROP TABLE kept; --",
-        "\U0001f9a6 \0 \ud83d _ __ \u0301",
-        "?!",
+        *('" OR text : "', "NEAR(key, 5) AND NOT (key OR", "; DROP TABLE kept; --", "?!"),
+        *("baker* ^key {user}: -text + 'x'", "\U0001f9a6 \0 \ud83d _ __ \u0301"),
         " ".join(map(str, range(50_000))),
     ],
 )
@@ -252,7 +226,7 @@ async def test_each_user_has_notes_of_their_own(remember: Remember) -> None:
 
     assert RED in await ask(remember, QUESTION, user="one")
     assert RED not in await ask(remember, QUESTION, user="two")
-    assert await ask(remember, QUESTION, user="three") == f"{NOTHING}\n\n{QUESTION}"
+    assert await ask(remember, QUESTION, user="three") == f"{NOTHING}\n{NOT_NOTED}\n\n{QUESTION}"
 
 
 async def test_always_on_it_adds_notes_and_keeps_only_what_it_is_told_to(
@@ -324,19 +298,8 @@ async def test_a_folder_that_was_deleted_is_made_anew(remember: Remember, tmp_pa
     await note(remember, "my bike is red")
     shutil.rmtree(tmp_path / "data")
 
-    assert await ask(remember, QUESTION) == f"{NOTHING}\n\n{QUESTION}"
+    assert await ask(remember, QUESTION) == f"{NOTHING}\n{NOT_NOTED}\n\n{QUESTION}"
     assert await ask(remember, "that my bike is blue") == "Noted as 1: my bike is blue"
-
-
-async def test_notes_of_an_earlier_version_are_kept(tmp_path: Path) -> None:
-    (tmp_path / "data").mkdir()
-    with closing(sqlite3.connect(tmp_path / "data/notes.db")) as db, db:
-        db.execute("CREATE VIRTUAL TABLE notes USING fts5 (text, user UNINDEXED, number UNINDEXED)")
-        db.execute("INSERT INTO notes VALUES ('my bike is red', '', 7)")
-    for _ in range(2):
-        remember = loaded(tmp_path)
-        assert await listed(remember) == "- 7: my bike is red"
-    assert RED in await ask(remember, QUESTION)
 
 
 def test_a_damaged_file_is_an_error_and_stays_as_it_is(tmp_path: Path) -> None:
@@ -362,12 +325,10 @@ def test_settings_that_cannot_work_are_an_error_at_the_start(
 
 @pytest.mark.skipif(os.name == "nt", reason="permissions are others here")
 async def test_its_files_are_the_owners_alone(remember: Remember, tmp_path: Path) -> None:
-    with closing(sqlite3.connect(tmp_path / "data/notes.db")) as reader:
-        reader.execute("SELECT * FROM kept").fetchall()  # so the other files stay
-        await note(remember, "my bike is red")
-        modes = {file.name: file.stat().st_mode & 0o777 for file in (tmp_path / "data").iterdir()}
+    await note(remember, "my bike is red")
 
-    assert modes == dict.fromkeys(["notes.db", "notes.db-wal", "notes.db-shm"], 0o600)
+    modes = {file.name: file.stat().st_mode & 0o777 for file in (tmp_path / "data").iterdir()}
+    assert modes == {"notes.db": 0o600}
 
 
 async def test_two_proxies_share_one_file(remember: Remember, tmp_path: Path) -> None:

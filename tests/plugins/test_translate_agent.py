@@ -12,19 +12,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from plugins.translate_agent.markdown import pieces, restored, tagged, without_thoughts
-from tests.support import (
-    NOTICE,
-    PATHS,
-    SENT,
-    FakeOllama,
-    chat,
-    done,
-    outcomes,
-    running,
-    said,
-    turn,
-)
+from plugins.translate_agent.markdown import KEPT, kept, pieces, split, without_thoughts
+from tests.support import NOTICE, PATHS, SENT, FakeOllama, chat, done, outcomes, running, said, turn
 
 PLUGINS = Path(__file__).parents[2] / "plugins"
 FAILED = NOTICE.format("translate")
@@ -82,22 +71,25 @@ async def translated(
 
 
 CASES: list[tuple[str, Callable[[str], Any], str, list[str] | None]] = [
-    # code
-    (ANSWER, str.upper, SHOUTED, ["First do <c1/>, then:", "and <c1/> is\n<c2/> too."]),
+    # code, and what models make of it
+    (
+        "see ``a ` b``",
+        lambda text: text.replace("see", "siehe"),
+        "siehe ``a ` b``",
+        ["see ``a ` b``"],
+    ),
+    ("copy `a` to `b`", lambda _: "nach `b` kopiere `a`", "nach `b` kopiere `a`", None),
+    (ANSWER, str.upper, SHOUTED, None),
     (f"{BLOCK}\n\n{BLOCK}\n", str.upper, f"{BLOCK}\n\n{BLOCK}\n", []),
     ("1. `x`:\n\n~~~\na", str.upper, "1. `x`:\n\n~~~\na", []),
     ("- a\n\n      code b\n", str.upper, "- A\n\n      code b\n", ["- a"]),
-    # tags, and what models make of them
-    ("copy `a` to `b`", lambda _: "nach <c2/> kopiere <c1/>", "nach `b` kopiere `a`", None),
-    ("see `a`", lambda _: "siehe `<c1/>`", "siehe `a`", None),
-    ("\n see `a` \n\n", lambda _: "siehe <C1 >", "\n siehe `a` \n\n", None),
-    ("<c1/> is `a`", lambda _: "<c1/> ist <c2/>", "<c1/> ist `a`", None),
-    ("see `a`, `b`.", lambda _: "siehe", "siehe `a`, `b`.", ["see <c1/>, <c2/>.", "see"]),
+    ("\n see `a` \n\n", lambda text: text.replace("`", "").upper(), "\n SEE `a` \n\n", None),
+    ("see `a`, `b`.", lambda _: "siehe", "siehe `a`, `b`.", ["see `a`, `b`.", "see"]),
     (
         "one `a`\n\ntwo `b`",
-        lambda text: text.upper().replace("TWO <C2/>", "TWO"),
+        lambda text: text.upper().replace("`A`", "`a`"),
         "ONE `a`\n\nTWO `b`",
-        ["one <c1/>\n\ntwo <c2/>", "one <c1/>", "two <c1/>"],
+        ["one `a`\n\ntwo `b`", "one `a`", "two `b`", "two"],
     ),
     # tables and lists, and a model that spoils them
     (f"{TABLE}\n{LIST}", str.upper, f"{TABLE}\n{LIST}".upper(), None),
@@ -209,8 +201,7 @@ def test_nothing_is_lost_when_an_answer_is_cut(text: str, most: int) -> None:
 
     assert "".join(piece for piece, _ in cut) == text
     assert all(code or len(piece) <= most for piece, code in cut)
-    question, codes = tagged(text)
-    assert not question or restored(question, question, codes) == text
+    assert "".join(part + by for part, by in split(KEPT, text)) == text
 
 
 @pytest.mark.parametrize(
@@ -220,6 +211,6 @@ def test_no_answer_takes_longer_than_its_length(unit: str) -> None:
     text = (unit * 200_000)[:200_000]
 
     began = time.process_time()
-    tagged("".join(piece for piece, _ in pieces(without_thoughts(text), 2000)))
+    kept("".join(piece for piece, _ in pieces(without_thoughts(text), 2000)))
 
     assert time.process_time() - began < 5

@@ -16,6 +16,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import itertools
+import json
 import logging
 import os
 import random
@@ -24,20 +25,22 @@ import sys
 import tempfile
 import time
 import tomllib
-from collections.abc import AsyncIterator, Callable, Sequence
+from array import array
+from collections import defaultdict
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 HERE = Path(__file__).resolve().parent
-ROOT = HERE.parents[2]
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(HERE.parents[2]))
 
 import demo  # noqa: E402
-from kernel.address import parse_upstream  # noqa: E402
 from kernel.client import OllamaClient  # noqa: E402
-from kernel.config import PluginsConfig  # noqa: E402
-from kernel.registry import PluginRegistry  # noqa: E402
+from kernel.config import parse_upstream  # noqa: E402
+from plugins.rag_agent.agent import Rag  # noqa: E402
+from plugins.rag_agent.index import opened  # noqa: E402
 from plugins.rag_agent.vectors import normalised  # noqa: E402
 
 K = 5
@@ -47,128 +50,89 @@ ROUNDS = 50  # of questions for one time
 INVENTED = 30_000  # words of a made-up language
 
 
-class Embedder:
-    """The part of an agent's context that finding passages needs."""
-
-    log = logging.getLogger("bench")
-
-    def __init__(self, client: OllamaClient) -> None:
-        self.client = client
-
-    async def embed(self, texts: list[str], model: str) -> list[list[float]]:
-        answer = await self.client.ask("/api/embed", {"model": model, "input": texts})
-        return list(answer["embeddings"])
-
-
 def say(text: str) -> None:
-    sys.stdout.write(f"{text}\n")
-    sys.stdout.flush()
+    print(text, flush=True)  # noqa: T201
 
 
 @asynccontextmanager
-async def loaded(folder: Path, data: Path, model: str) -> AsyncIterator[Any]:
-    """Load the agent as the proxy does, and yield it when it has read the folder."""
-    settings = {"folder": str(folder), "embed_model": model}
-    config = PluginsConfig(dirs=(ROOT / "plugins",), only=("rag",))
-    async with PluginRegistry(config, {"rag": {"settings": settings}}, data, {}) as registry:
-        plugin = registry.plugins["rag"]
-        if plugin.agent is None:
-            raise SystemExit(f"the agent cannot be loaded: {plugin.error}")
-        agent: Any = plugin.agent
-        agent.arguments = {"k": K, "in": ""}
-        while agent.follower.unread:
-            await asyncio.to_thread(agent.follower.catch_up, 1.0)
-        yield agent
+async def loaded(folder: Path, texts: dict[str, str], model: str) -> AsyncIterator[Rag]:
+    """Set the agent up over some texts, and yield it when it has read them."""
+    (folder / "texts").mkdir()
+    for name, text in texts.items():
+        (folder / "texts" / name).write_text(text, encoding="utf-8")
+    agent, config = Rag(), json.loads((HERE.parent / "config.json").read_text(encoding="utf-8"))
+    agent.settings = config["settings"] | {"folder": str(folder / "texts"), "embed_model": model}
+    agent.arguments, agent._data_dir = {"k": K, "in": ""}, folder / "data"
+    agent.setup()
+    while agent.follower.unread:
+        await asyncio.to_thread(agent.follower.catch_up, 1.0)
+    yield agent
+    await agent.teardown()
 
 
-async def recall(agent: Any, context: Embedder) -> None:
+async def recall(folder: Path, url: str | None, model: str) -> None:
     """Print how many questions find their passage among the first five, by each ranking."""
     articles = tomllib.loads((HERE / "rag.toml").read_text(encoding="utf-8"))["articles"]
-    asked = [(a["name"], *question) for a in articles for question in a["questions"]]
-    await agent.vectors.begin(context)
-    hits: dict[tuple[str, str], list[bool]] = {}
-    for name, question, answer, kind in asked:
-        vector = await agent.vectors.of_question(context, question)
-        found = {"FTS5 alone": agent.search(question, None)}
-        if vector:
-            found["both"] = agent.search(question, vector)
-            found["vectors alone"] = agent.search("", vector)
-        for way, passages in found.items():
-            hit = any(p.name == name and holds(p.text, answer) for p in passages)
-            hits.setdefault((way, kind), []).append(hit)
-            hits.setdefault((way, "all"), []).append(hit)
-    say(f"recall@{K} of {len(asked)} questions over {len(articles)} articles")
-    for way in dict.fromkeys(way for way, _ in hits):
-        parts = (f"{kind} {share(hits[way, kind])}" for kind in ("words", "meaning", "all"))
-        say(f"  {way:14} {'   '.join(parts)}")
+    texts = {article["name"]: article["text"] for article in articles}
+    hits = defaultdict[tuple[str, str], list[bool]](list)
+    async with (
+        demo.serve(demo.create_app()) as stand_in,
+        OllamaClient(parse_upstream(url or stand_in), 5.0) as client,
+        loaded(folder, texts, model) as agent,
+    ):
 
+        async def embed(texts: list[str], model: str) -> Any:
+            answer = await client.ask("/api/embed", {"model": model, "input": texts})
+            return answer["embeddings"]
 
-def holds(text: str, answer: str) -> bool:
-    return " ".join(answer.split()) in " ".join(text.split())
-
-
-def share(hits: Sequence[bool]) -> str:
-    return f"{sum(hits)}/{len(hits)} = {sum(hits) / len(hits):.2f}"
-
-
-def write_articles(folder: Path) -> None:
-    for article in tomllib.loads((HERE / "rag.toml").read_text(encoding="utf-8"))["articles"]:
-        (folder / article["name"]).write_text(article["text"], encoding="utf-8")
+        context: Any = SimpleNamespace(embed=embed, log=logging.getLogger("bench"))
+        await agent.vectors.begin(context)
+        for question, answer, kind in itertools.chain(*(a["questions"] for a in articles)):
+            vector = await agent.vectors.of_question(context, question)
+            ways = {"words": (question, None), "both": (question, vector), "vectors": ("", vector)}
+            for way, asked in ways.items():
+                found = " ".join(" ".join(p.text for p in agent.search(*asked)).split())
+                for group in (kind, "all"):
+                    hits[way, group].append(" ".join(answer.split()) in found)
+    say(f"recall@{K} over {len(articles)} articles, by ranking and by what a question shares")
+    for (way, kind), some in hits.items():
+        say(f"  {way:8} {kind:8} {sum(some)}/{len(some)} = {sum(some) / len(some):.2f}")
 
 
 async def speed(folder: Path, count: int, rng: random.Random) -> None:
     """Print how fast `count` passages are read, and how long a question takes among them."""
-    words, weights = language(rng)
+    letters = "aeioubdfgklmnprst"
+    words = ["".join(rng.choices(letters, k=rng.randint(3, 10))) for _ in range(INVENTED)]
+    weights = list(itertools.accumulate(1 / (n + 50) for n in range(INVENTED)))
 
     def text(length: int) -> str:
         return " ".join(rng.choices(words, cum_weights=weights, k=length))
 
-    (folder / "texts").mkdir()
-    for number in range(count // PASSAGES):
-        parts = (f"## {text(4)}\n\n{text(130)[:890]}" for _ in range(PASSAGES))
-        file = folder / "texts" / f"{number}.md"
-        file.write_text("\n\n".join(parts), encoding="utf-8")
+    def vector() -> array[float]:
+        return normalised([rng.gauss(0, 1) for _ in range(DIMS)])
+
+    texts = {
+        f"{n}.md": "\n\n".join(f"## {text(4)}\n\n{text(130)[:890]}" for _ in range(PASSAGES))
+        for n in range(count // PASSAGES)
+    }
     began = time.perf_counter()
-    async with loaded(folder / "texts", folder / "data", "random") as agent:
-        took = time.perf_counter() - began
-        say(f"{count} passages in {count // PASSAGES} files: read in {took:.1f} s")
-        say(f"  question, FTS5 alone  {times(agent, lambda: text(8), None)}")
-        store(agent, rng)
-        say(f"  question, both        {times(agent, lambda: text(8), rng)}")
+    async with loaded(folder, texts, "random") as agent:
+        say(f"{count} passages: read in {time.perf_counter() - began:.1f} s")
+        say(f"  question, words  {times(agent, lambda: (text(8), None))}")
+        with opened(agent.index) as db:
+            ids = [row for (row,) in db.execute("SELECT id FROM passages")]
+        agent.vectors.store(ids, [vector() for _ in ids])
+        say(f"  question, both   {times(agent, lambda: (text(8), vector()))}")
 
 
-def language(rng: random.Random) -> tuple[list[str], list[float]]:
-    """Return invented words and the sums of their frequencies: a language without stop words."""
-    words = [
-        "".join(rng.choices("aeioubdfgklmnprst", k=rng.randint(3, 10))) for _ in range(INVENTED)
-    ]
-    return words, list(itertools.accumulate(1 / (n + 50) for n in range(INVENTED)))
-
-
-def store(agent: Any, rng: random.Random) -> None:
-    """Give every passage a random vector."""
-    with agent.index.open() as db:
-        ids = [row for (row,) in db.execute("SELECT id FROM chunks")]
-    for start in range(0, len(ids), 500):
-        some = ids[start : start + 500]
-        agent.vectors.store(some, [a_vector(rng) for _ in some])
-    agent.vectors.load()
-
-
-def a_vector(rng: random.Random) -> Any:
-    return normalised([rng.gauss(0, 1) for _ in range(DIMS)])
-
-
-def times(agent: Any, question: Callable[[], str], rng: random.Random | None) -> str:
+def times(agent: Rag, question: Callable[[], tuple[str, array[float] | None]]) -> str:
     """Ask ROUNDS questions as a request does; return median and worst in milliseconds."""
     took, work = [], []
-    for _ in range(ROUNDS):
-        text, vector = question(), a_vector(rng) if rng else None
+    for asked in [question() for _ in range(ROUNDS)]:
         began, worked = time.perf_counter(), time.process_time()
         agent.follower.catch_up(agent.settings["wait"])
-        if vector:
-            agent.vectors.load()
-        agent.search(text, vector)
+        agent.vectors.count()
+        agent.search(*asked)
         took.append((time.perf_counter() - began) * 1000)
         work.append((time.process_time() - worked) * 1000)
     middle = f"median {statistics.median(took):.1f} ms ({statistics.median(work):.1f} of processor)"
@@ -184,21 +148,12 @@ async def main() -> None:
     asked = parser.parse_args()
     if not asked.no_recall:
         with tempfile.TemporaryDirectory() as folder:
-            await measure_recall(Path(folder), asked.ollama, asked.model)
+            await recall(Path(folder), asked.ollama, asked.model)
     if hasattr(os, "sched_setaffinity"):
         os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
     for count in asked.chunks:
         with tempfile.TemporaryDirectory() as folder:
             await speed(Path(folder), count, random.Random(count))
-
-
-async def measure_recall(folder: Path, url: str | None, model: str) -> None:
-    (folder / "texts").mkdir()
-    write_articles(folder / "texts")
-    async with demo.serve(demo.create_app()) as stand_in:
-        async with OllamaClient(parse_upstream(url or stand_in), 5.0) as client:
-            async with loaded(folder / "texts", folder / "data", model) as agent:
-                await recall(agent, Embedder(client))
 
 
 if __name__ == "__main__":
