@@ -18,8 +18,8 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from kernel import relay
-from kernel.address import parse_upstream
 from kernel.client import OllamaClient
+from kernel.config import parse_upstream
 from kernel.log import RequestInfo
 from kernel.server import SETTINGS, Server, listen
 

@@ -17,7 +17,7 @@ from starlette.types import Receive, Scope, Send
 
 import demo
 import osp
-from kernel.config import Config, UpstreamConfig, build
+from kernel.config import Config, build
 from kernel.dialects.every import DIALECTS
 from kernel.server import SETTINGS
 
@@ -98,7 +98,7 @@ def write_agent(folder: Path, name: str, code: str, **config: Any) -> Path:
 
 @asynccontextmanager
 async def running(
-    upstream: str, plugins: Path, data: Path | None = None, **sections: Mapping[str, Any]
+    upstream: str, plugins: Path, /, data: Path | None = None, **sections: Mapping[str, Any]
 ) -> AsyncIterator[httpx.AsyncClient]:
     """Run a proxy before `upstream` with the agents in `plugins`, and yield a client of it.
 
@@ -107,11 +107,11 @@ async def running(
     config = build(Config, sections, "test", plugins)
     server = replace(config.server, data=data or plugins.parent / "data")
     dirs = replace(config.plugins, dirs=(plugins,))
-    ollama = UpstreamConfig(url=upstream)
+    ollama = replace(config.upstream, url=upstream)
     app = osp.create_app(replace(config, server=server, plugins=dirs, upstream=ollama))
     async with (
-        demo.serve(app, **SETTINGS) as url,
-        httpx.AsyncClient(base_url=url, timeout=10) as client,
+        demo.serve(app, **SETTINGS) as own,
+        httpx.AsyncClient(base_url=own, timeout=10) as client,
     ):
         yield client
 

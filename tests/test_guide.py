@@ -8,6 +8,7 @@ import sys
 from dataclasses import fields
 from pathlib import Path
 
+from kernel.agent import Context
 from kernel.config import HOME
 from kernel.plugin import AgentConfig
 
@@ -53,6 +54,13 @@ def test_the_commands_of_the_guide_begin_an_agent_and_look_it_over(tmp_path: Pat
 
 
 def test_the_guide_has_every_key_of_config_json() -> None:
-    listed = re.findall(r"^\| `(\w+)` \|", GUIDE, re.MULTILINE)
+    table = GUIDE.partition("| key | default |")[2].partition("\n\n")[0]
 
-    assert listed == [setting.name for setting in fields(AgentConfig)]
+    assert re.findall(r"^\| `(\w+)`", table, re.MULTILINE) == [f.name for f in fields(AgentConfig)]
+
+
+def test_the_guide_has_all_that_a_hook_can_ask_of_its_request() -> None:
+    table = GUIDE.partition("| of `self.context` |")[2].partition("\n\n")[0]
+    values = {f.name for f in fields(Context) if f.repr} - {"streams"}
+
+    assert set(re.findall(r"`(\w+)`", table)) >= values | {"chat", "message", "stream", "embed"}

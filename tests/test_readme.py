@@ -107,7 +107,7 @@ def test_without_the_demo_it_serves_before_the_usual_port_of_ollama(clone: Path)
     with shell(REAL, clone) as process:
         assert '"url":"http://127.0.0.1:11434"' in answers("/health", process)
 
-    # tests/integration/test_terminal.py types at it, a space before the slash
+    # tests/integration/test_command_line.py types at it, a space before the slash
     assert OLLAMA_RUN == "OLLAMA_HOST=127.0.0.1:11435 ollama run llama3.2\n"
 
 

@@ -31,6 +31,7 @@ PARAMETERS = {"temperature": 0, "seed": 7, "num_predict": 20}
 TOOLS = (
     "{{ range .Tools }}{{ .Function.Name }} {{ end }}{{ range .Messages }}{{ .Content }} {{ end }}"
 )
+CHATS = ["/api/chat", "/v1/chat/completions"]
 MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "tiny": ("tiny.gguf", {"parameters": PARAMETERS}),
     "tiny-tools": ("tiny.gguf", {"template": TOOLS}),  # no parameters: show gives them at random
@@ -41,18 +42,10 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
 @pytest.fixture(scope="session")
 def binary() -> str:
     """The `ollama` to run; skips the test where there is none."""
-    places = [os.environ.get("OLLAMA_BINARY"), shutil.which("ollama"), *in_go()]
-    for place in filter(None, places):
-        if os.access(place, os.X_OK):
-            return place
-    pytest.skip("no ollama on the PATH, in Go's bin folder or at OLLAMA_BINARY")
-
-
-def in_go() -> list[str]:
-    if not (go := shutil.which("go")):
-        return []
-    path = subprocess.run([go, "env", "GOPATH"], capture_output=True, text=True).stdout.strip()
-    return [str(Path(path, "bin", "ollama"))]
+    places = [os.environ["PATH"], str(Path.home() / "go" / "bin")]
+    if found := shutil.which("ollama", path=os.pathsep.join(places)):
+        return found
+    pytest.skip("no ollama on the PATH or in ~/go/bin")
 
 
 @pytest.fixture(scope="session")
@@ -65,31 +58,35 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def direct(binary: str, home: Path) -> Iterator[str]:
     """The URL of Ollama, which has the models and does one thing at a time."""
     address = f"127.0.0.1:{free_port()}"
-    environ = {
-        "OLLAMA_HOST": address,
-        "OLLAMA_MODELS": str(home / "models"),
-        "OLLAMA_NUM_PARALLEL": "1",
-    }
+    environ = {"OLLAMA_HOST": address, "OLLAMA_MODELS": str(home / "models")}
+    environ["OLLAMA_NUM_PARALLEL"] = "1"
     with running([binary, "serve"], home, environ, home / "ollama.log") as process:
         wait_for(f"http://{address}", process, home / "ollama.log")
         create_models(f"http://{address}")
-        set_apart(home / "models")
+        set_apart(f"http://{address}", home / "models")
         yield f"http://{address}"
 
 
 @pytest.fixture(scope="session")
 def proxied(direct: str, home: Path) -> Iterator[str]:
-    """The URL of the proxy, which runs as one types it and must end cleanly on SIGTERM."""
-    port = str(free_port())
-    settings = home / "osp.toml"  # empty, so that nobody's own is read
-    settings.touch()
-    flags = ["--config", str(settings), "--port", port, "--upstream", direct]
-    environ = {"OSP_SERVER_DATA": str(home / "data")}
-    command = [sys.executable, str(ROOT / "osp.py"), *flags]
-    with running(command, home, environ, home / "osp.log") as process:
-        wait_for(f"http://127.0.0.1:{port}", process, home / "osp.log")
-        yield f"http://127.0.0.1:{port}"
+    """The URL of the proxy as it comes, which must end cleanly on SIGTERM."""
+    with proxy(home, direct) as (url, process):
+        yield url
         assert stop(process) == 0, (home / "osp.log").read_text(encoding="utf-8")
+
+
+@contextmanager
+def proxy(
+    home: Path, upstream: str, settings: str = ""
+) -> Iterator[tuple[str, subprocess.Popen[bytes]]]:
+    """Run the proxy as one types it, with this osp.toml; give its URL and its process."""
+    (home / "osp.toml").write_text(settings, encoding="utf-8")
+    address, log = f"127.0.0.1:{free_port()}", home / "osp.log"
+    flags = ["--config", str(home / "osp.toml"), "--port", address.rpartition(":")[2]]
+    command = [sys.executable, str(ROOT / "osp.py"), *flags, "--upstream", upstream]
+    with running(command, home, {"OSP_SERVER_DATA": str(home / "data")}, log) as process:
+        wait_for(f"http://{address}", process, log)
+        yield f"http://{address}", process
 
 
 @contextmanager
@@ -121,15 +118,18 @@ def wait_for(url: str, process: subprocess.Popen[bytes], log: Path) -> None:
     pytest.fail(f"{process.args!r} does not answer:\n{log.read_text(encoding='utf-8')}")
 
 
-def wait_for_models(url: str, home: Path, *names: str) -> None:
-    """Wait until Ollama lists these models, which are presets, and set them apart."""
+def set_apart(url: str, models: Path, *names: str) -> None:
+    """Wait until Ollama lists `names`, and give each model a second of its own.
+
+    Lists are sorted by that, and those of one second by chance.
+    """
     end = time.monotonic() + START
-    while time.monotonic() < end:
-        listed = httpx.get(f"{url}/api/tags", trust_env=False).json()["models"]
-        if {*names} <= {model["name"] for model in listed}:
-            return set_apart(home / "models")
+    while not {*names} <= {m["name"] for m in httpx.get(f"{url}/api/tags").json()["models"]}:
+        assert time.monotonic() < end, f"Ollama does not list {names}"
         time.sleep(0.02)
-    pytest.fail(f"Ollama does not list {', '.join(names)}")
+    manifests = [path for path in models.glob("manifests/**/*") if path.is_file()]
+    for number, path in enumerate(sorted(manifests)):
+        os.utime(path, (number * 60, number * 60))
 
 
 def stop(process: subprocess.Popen[bytes]) -> int:
@@ -157,15 +157,34 @@ def create_models(url: str) -> None:
             client.post("/api/create", json=body).raise_for_status()
 
 
-def set_apart(models: Path) -> None:
-    """Give each model a second of its own: lists are sorted by that, and those of one by chance."""
-    manifests = [path for path in models.glob("manifests/**/*") if path.is_file()]
-    for number, path in enumerate(sorted(manifests)):
-        os.utime(path, (number * 60, number * 60))
-
-
 @pytest.fixture(scope="session")
 def http() -> Iterator[httpx.Client]:
     """A client that follows nothing and takes no proxy from the environment."""
     with httpx.Client(timeout=30, trust_env=False) as client:
         yield client
+
+
+def body(text: str, tokens: int = 12, **fields: Any) -> dict[str, Any]:
+    """Return a chat that both dialects understand, with the same answer each time."""
+    options = {"temperature": 0, "seed": 7, "num_predict": tokens, "num_ctx": 4096}
+    v1 = {"temperature": 0, "seed": 7, "max_tokens": tokens}
+    messages = [{"role": "user", "content": text}]
+    return {"model": "tiny", "messages": messages, "options": options, **v1, **fields}
+
+
+def tokens_read(answer: httpx.Response) -> int:
+    """Return how many tokens the model has read for a whole answer; 0 where none was asked."""
+    whole = answer.json()
+    usage = whole.get("usage", {})
+    return int(whole.get("prompt_eval_count", usage.get("prompt_tokens", 0)))
+
+
+def npm_install(folder: Path, *packages: str) -> None:
+    """Install packages, or those of package.json; skip the test where that cannot be."""
+    if not (shutil.which("node") and (npm := shutil.which("npm"))):
+        pytest.skip("no node and npm on the PATH")
+    command = [npm, "install", "--no-audit", "--no-fund", "--silent", *packages]
+    try:
+        subprocess.run(command, cwd=folder, check=True, capture_output=True, timeout=180)
+    except subprocess.SubprocessError as exc:
+        pytest.skip(f"npm install failed: {exc}")

@@ -1,170 +1,158 @@
-"""Agents of this project before a real model, in both dialects; and a client that hangs up."""
+"""Agents of this project before real models, in two dialects; and a client that hangs up."""
 
 from __future__ import annotations
 
+import json
+from collections.abc import Iterator
 from typing import Any
 
 import httpx
-import ollama
-import openai
 import pytest
 
-from tests.support import said
+from tests.integration.conftest import CHATS, body, proxy, tokens_read
+from tests.support import NOTICE, outcomes, said
 
-PATHS = ["/api/chat", "/v1/chat/completions"]
-QUESTION = "what did we decide in May?"
-SOURCES = "\n\nSources:\n- decisions.md"
 ENDLESS = 100_000  # tokens: minutes
+NOTES = {
+    "water.md": "# Water\n\nThe river comes down from the hill and goes to the sea.",
+    "night.txt": "Last night the old dog was at the door of the house.",
+}
+SECRETS = "Write to bob@example.org or call +49 30 1234567, bob@example.org is better."
+MASKED = "Write to [EMAIL_1] or call [PHONE_1], [EMAIL_1] is better."
+STOPS = [f" {word}" for word in "new old red dog house water day night work home".split()]
+FORM = {"type": "object", "properties": {"to": {"enum": ["bob@example.org"]}}, "required": ["to"]}
 
 
-def body(text: str, model: str = "tiny", tokens: int = 12, **fields: Any) -> dict[str, Any]:
-    """Return a chat that both dialects understand."""
-    options = {"temperature": 0, "seed": 7, "num_predict": tokens}
-    messages = [{"role": "user", "content": text}]
-    v1 = {"temperature": 0, "max_tokens": tokens}
-    return {"model": model, "messages": messages, "options": options, **v1, **fields}
+@pytest.fixture(scope="module")
+def searching(direct: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """The URL of a proxy whose agent rag has a folder of its own and an embedding model."""
+    home = tmp_path_factory.mktemp("rag")
+    (home / "notes").mkdir()
+    for name, text in NOTES.items():
+        (home / "notes" / name).write_text(text, encoding="utf-8")
+    settings = {"folder": str(home / "notes"), "embed_model": "tiny-embed", "wait": 20.0}
+    lines = [f"{key} = {json.dumps(value)}" for key, value in settings.items()]
+    with proxy(home, direct, "\n".join(["[agents.rag.settings]", *lines])) as (url, _):
+        yield url
 
 
-def outcomes(answer: httpx.Response) -> list[list[str]]:
-    """Return name and outcome of each agent in X-OSP-Agents."""
-    return [part.split(";")[:2] for part in answer.headers["x-osp-agents"].split(", ")]
+@pytest.mark.parametrize("path", CHATS)
+@pytest.mark.parametrize(
+    ("typed", "plain", "ends", "under"),
+    [
+        ("/rag:k=1 ", "where does the river go?", "rag;ok", "\n\nSources:\n- water.md, Water"),
+        ("/rag:k=1 ", "quokka", "rag;ok", "\n\nSources:\n- "),  # no word is the same
+        ("/time ", "hello", "time;ok", ""),
+        ("/time&/rag:k=1 ", "who was at the door?", "time;ok, rag;ok", "\n\nSources:\n- night.txt"),
+        # The model's own num_predict cuts off whatever it is asked, a translation too.
+        ("/translate:de ", "hello", "translate;error", NOTICE.format("translate")),
+    ],
+)
+def test_the_model_reads_more_and_the_answer_says_more(
+    http: httpx.Client, direct: str, searching: str,
+    path: str, typed: str, plain: str, ends: str, under: str,
+) -> None:  # fmt: skip
+    more = under.startswith("\n\nSources") or "/time" in typed
+    streamed, whole = (
+        http.post(searching + path, json=body(typed + plain, stream=stream)).raise_for_status()
+        for stream in (True, False)
+    )
+    read = tokens_read(http.post(direct + path, json=body(plain, stream=False)))
+
+    assert outcomes(whole) == ends and outcomes(streamed).startswith(ends.partition(";")[0])
+    for answer in (streamed, whole):
+        text, mark, _ = said(answer.content).partition(under or "\0")
+        assert text.strip() and bool(mark) is bool(under)
+    assert tokens_read(whole) > read + 10 if more else tokens_read(whole) == read
 
 
-@pytest.mark.parametrize("path", PATHS)
-def test_rag_names_its_sources_under_the_answer(
+def test_every_passage_gets_a_vector(http: httpx.Client, searching: str) -> None:
+    listed = http.get(f"{searching}/plugins").json()["plugins"]
+
+    [progress] = [plugin["progress"] for plugin in listed if plugin["name"] == "rag"]
+    assert progress == "2 files, 2 passages; 2 of 2 passages have vectors"
+
+
+@pytest.mark.parametrize("path", CHATS)
+def test_a_note_is_kept_and_read_by_the_model_later(
     http: httpx.Client, proxied: str, path: str
 ) -> None:
-    for stream in (True, False):
-        answer = http.post(proxied + path, json=body(f"/rag {QUESTION}", stream=stream))
-        text, _, sources = said(answer.content).partition(SOURCES)
+    def ask(text: str) -> httpx.Response:
+        return http.post(proxied + path, json=body(text, stream=False)).raise_for_status()
 
-        assert (answer.status_code, outcomes(answer)) == (200, [["rag", "ok"]])
-        assert text.strip() and "Meeting of 12 May 2026" in sources
+    noted = ask("/remember that my bike is red and stands behind the old house of the baker")
+    plain, fitting = ask("what about my bike?"), ask("/remember what about my bike?")
+    number = said(noted.content).removeprefix("Noted as ").partition(":")[0]
+    forgotten = ask(f"/remember:forget={number}")
 
-
-@pytest.mark.parametrize("path", PATHS)
-def test_rag_puts_the_passages_before_the_model(
-    http: httpx.Client, direct: str, proxied: str, path: str
-) -> None:
-    def tokens(url: str, text: str) -> int:
-        answer = http.post(url + path, json=body(text, stream=False)).json()
-        count: int = answer.get("prompt_eval_count") or answer["usage"]["prompt_tokens"]
-        return count
-
-    assert tokens(proxied, f"/rag {QUESTION}") > tokens(direct, QUESTION) + 100
+    assert tokens_read(noted) == tokens_read(forgotten) == 0
+    assert tokens_read(fitting) > tokens_read(plain) + 15
+    assert said(forgotten.content).startswith("Forgotten: my bike is red")
 
 
-@pytest.mark.parametrize("path", PATHS)
-@pytest.mark.parametrize("text", ["/translate:de hello", f"/rag /translate:de {QUESTION}"])
-def test_translate_leaves_an_answer_whose_translation_was_cut_off(
-    http: httpx.Client, proxied: str, path: str, text: str
-) -> None:
-    answer = http.post(proxied + path, json=body(text, stream=False))
-
-    # The model's own num_predict cuts off whatever it is asked.
-    assert ["translate", "error"] in outcomes(answer)
-    assert said(answer.content).endswith("[without translate: it failed, the proxy's log says why]")
-
-
-@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("path", CHATS)
 @pytest.mark.parametrize("stream", [True, False])
-def test_help_has_the_shape_of_an_answer_of_the_model(
+def test_the_same_question_is_answered_from_the_cache(
+    http: httpx.Client, proxied: str, path: str, stream: bool
+) -> None:
+    def ask(text: str) -> tuple[str, str]:
+        asked = body(text, tokens=400, stream=stream, temperature=1, stop=STOPS)
+        asked["options"] |= {"temperature": 1, "stop": STOPS}  # an answer cut off is not kept
+        answer = http.post(proxied + path, json=asked).raise_for_status()
+        return said(answer.content), answer.headers["x-osp-agents"].split(";")[1]
+
+    first, again = [ask(f"/cache tell me about {path} {stream}") for _ in range(2)]
+
+    assert first[0].strip() and first[1] == "ok" and again == (first[0], "reply")
+
+
+@pytest.mark.parametrize("path", CHATS)
+@pytest.mark.parametrize("stream", [True, False])
+def test_the_model_answers_as_if_it_had_been_asked_with_placeholders(
     http: httpx.Client, direct: str, proxied: str, path: str, stream: bool
 ) -> None:
-    answer = http.post(proxied + path, json=body("/help", stream=stream))
-    model = http.post(direct + path, json=body("help", stream=stream))
+    expected = http.post(direct + path, json=body(MASKED, stream=stream))
+    answer = http.post(proxied + path, json=body(f"/redact {SECRETS}", stream=stream))
 
-    assert answer.status_code == 200
-    assert answer.headers["content-type"] == model.headers["content-type"]
-    assert "/rag: " in said(answer.content) and "/translate: " in said(answer.content)
-
-
-@pytest.mark.parametrize("path", PATHS)
-def test_a_model_that_is_missing_is_the_models_error_with_agents_too(
-    http: httpx.Client, direct: str, proxied: str, path: str
-) -> None:
-    asked = body(f"/rag {QUESTION}", model="none")
-
-    one, other = (http.post(url + path, json=asked) for url in (direct, proxied))
-
-    assert (other.status_code, other.content) == (one.status_code, one.content)
-    assert other.status_code == 404
+    assert answer.headers["x-osp-agents"].startswith("redact;ok")
+    assert said(answer.content) == said(expected.content) != ""
+    assert stream or tokens_read(answer) == tokens_read(expected)
 
 
+def test_structured_output_has_the_values(http: httpx.Client, proxied: str) -> None:
+    """The schema is redacted, too, and so its one possible answer is the placeholder."""
+    asked = body(f"/redact {SECRETS}", tokens=60, stream=False, format=FORM)
+
+    answer = http.post(f"{proxied}/api/chat", json=asked)
+
+    assert "".join(said(answer.content).split()).startswith('{"to":"bob@example.org"')
+
+
+@pytest.mark.parametrize("path", CHATS)
+@pytest.mark.parametrize("typed", ["", "/rag ", "/translate:de "])
 @pytest.mark.parametrize("stream", [True, False])
-def test_ollamas_client_gets_an_answer_with_agents(proxied: str, stream: bool) -> None:
-    with ollama.Client(host=proxied) as client:
-        answer: Any = client.chat(**ollama_body(f"/rag {QUESTION}"), stream=stream)
-        parts = list(answer) if stream else [answer]
-
-    assert SOURCES in "".join(part.message.content for part in parts)
-    assert [part.done for part in parts] == [False] * (len(parts) - 1) + [True]
-
-
-@pytest.mark.parametrize("stream", [True, False])
-def test_openais_client_gets_an_answer_with_agents(proxied: str, stream: bool) -> None:
-    with openai.OpenAI(base_url=f"{proxied}/v1", api_key="none", max_retries=0) as client:
-        create: Any = client.chat.completions.create
-        answer = create(**openai_body(f"/rag {QUESTION}"), stream=stream)
-        choices = [part.choices[0] for part in (answer if stream else [answer])]
-
-    texts = [(choice.delta if stream else choice.message).content or "" for choice in choices]
-    assert SOURCES in "".join(texts)
-    assert [c.finish_reason for c in choices if c.finish_reason] == ["length"]
-
-
-def ollama_body(text: str) -> dict[str, Any]:
-    return {key: body(text)[key] for key in ("model", "messages", "options")}
-
-
-def openai_body(text: str) -> dict[str, Any]:
-    return {key: body(text)[key] for key in ("model", "messages", "max_tokens", "temperature")}
-
-
-@pytest.mark.parametrize("path", PATHS)
-@pytest.mark.parametrize("text", ["tell me a story", f"/rag {QUESTION}", "/translate:de hello"])
-def test_the_first_frame_comes_at_once_and_hanging_up_stops_the_model(
-    http: httpx.Client, direct: str, proxied: str, path: str, text: str
+def test_hanging_up_stops_the_model(
+    http: httpx.Client, direct: str, proxied: str, path: str, typed: str, stream: bool
 ) -> None:
-    asked = body(text, tokens=ENDLESS, stream=True)
+    asked: dict[str, Any] = body(f"{typed}tell me a story", tokens=ENDLESS, stream=stream)
 
-    with http.stream("POST", proxied + path, json=asked, timeout=5) as answer:
-        frames = answer.iter_raw()
-        assert next(frames)
+    if stream:
+        with http.stream("POST", proxied + path, json=asked, timeout=5) as answer:
+            frames = answer.iter_raw()  # held, for letting go of it is hanging up
+            assert next(frames)
+            assert not is_idle(http, direct, 0.3)
+    else:
+        with pytest.raises(httpx.ReadTimeout):
+            http.post(proxied + path, json=asked, timeout=0.5)
 
-    assert is_idle(http, direct)
-
-
-@pytest.mark.parametrize("path", PATHS)
-@pytest.mark.parametrize("text", ["tell me a story", "/translate:de hello"])
-def test_giving_up_on_a_whole_answer_stops_the_model(
-    http: httpx.Client, direct: str, proxied: str, path: str, text: str
-) -> None:
-    with pytest.raises(httpx.ReadTimeout):
-        asked = body(text, tokens=ENDLESS, stream=False)
-        http.post(proxied + path, json=asked, timeout=0.5)
-
-    assert is_idle(http, direct)
+    assert is_idle(http, direct, 2)
 
 
-def test_an_answer_under_way_keeps_the_next_request_waiting(
-    http: httpx.Client, direct: str, proxied: str
-) -> None:
-    """Without this the two tests above would show nothing."""
-    asked = body("tell me a story", tokens=ENDLESS, stream=True)
-
-    with http.stream("POST", f"{proxied}/api/chat", json=asked) as answer:
-        frames = answer.iter_raw()  # held, for letting go of it is hanging up
-        assert next(frames)
-        assert not is_idle(http, direct)
-
-    assert is_idle(http, direct)
-
-
-def is_idle(http: httpx.Client, direct: str) -> bool:
+def is_idle(http: httpx.Client, direct: str, timeout: float) -> bool:
     """Tell whether the model, which does one thing at a time, answers the next request soon."""
     try:
-        http.post(f"{direct}/api/chat", json=body("next", tokens=1), timeout=2).raise_for_status()
+        asked = body("next", tokens=1)
+        http.post(f"{direct}/api/chat", json=asked, timeout=timeout).raise_for_status()
     except httpx.ReadTimeout:
         return False
     return True

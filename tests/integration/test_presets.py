@@ -1,20 +1,39 @@
-"""Presets on a real Ollama: models whose options and system text hold wherever they are asked."""
+"""Presets, a guard, a reply and /explain, as real clients and a real Ollama see them."""
 
 from __future__ import annotations
 
-import json
+import os
 import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import httpx
+import ollama
+import openai
 import pytest
 
-from tests.integration.conftest import ROOT, free_port, running, wait_for, wait_for_models
+from tests.integration.conftest import proxy, set_apart
+from tests.support import write_agent
 
-PRESETS = """
+AGENT = "class A(BaseAgent):\n    async def {}:\n        {}\n"
+AGENTS = {
+    "note": AGENT.format("on_request(self, payload)", "return add_system(payload, 'note')"),
+    "sign": AGENT.format("on_end(self)", "return ' -- signed'"),
+    "canned": AGENT.format("on_request(self, payload)", "raise Reply('From a can, as it were.')"),
+    "watch": AGENT.format("on_request(self, payload)", "return payload"),
+}
+SETTINGS = """
+plugins.dirs = ["plugins"]
+agents.watch = { always = true, on_error = "abort", models = ["guarded"] }
+presets.canned = { model = "tiny", agents = "/canned" }
+presets.guarded = { model = "tiny" }
+presets.gone = { model = "not-there" }
+
+[presets.signed]
+model = "tiny"
+agents = "/note /sign"
+
 [presets.briefed]
 model = "tiny-tools"
 system = "the quick brown fox jumps over the lazy dog and the dog does not mind at all"
@@ -23,59 +42,60 @@ options = { num_ctx = 512, num_predict = 4, temperature = 0, seed = 7 }
 [presets.twin]
 model = "tiny-tools"
 options = { num_ctx = 512, num_predict = 4, temperature = 0, seed = 7 }
-
-[presets.gone]
-model = "not-there"
 """
-HELLO: dict[str, Any] = {"messages": [{"role": "user", "content": "hello"}], "stream": False}
-ENDPOINTS = [
-    ("/api/chat", HELLO, ["prompt_eval_count"]),
-    ("/api/generate", {"prompt": "hello", "stream": False}, ["prompt_eval_count"]),
-    ("/v1/chat/completions", HELLO, ["usage", "prompt_tokens"]),
+HELLO = [{"role": "user", "content": "hello"}]
+ENDPOINTS: list[tuple[str, dict[str, Any], list[str]]] = [
+    ("/api/chat", {"messages": HELLO}, ["prompt_eval_count"]),
+    ("/api/generate", {"prompt": "hello"}, ["prompt_eval_count"]),
+    ("/v1/chat/completions", {"messages": HELLO}, ["usage", "prompt_tokens"]),
 ]
 
 
 @pytest.fixture(scope="module")
-def proxy(direct: str, home: Path) -> Iterator[str]:
-    """The URL of a proxy that has made its presets."""
-    settings, port = home / "presets.toml", free_port()
-    settings.write_text(PRESETS, encoding="utf-8")
-    flags = ["--config", str(settings), "--port", str(port), "--upstream", direct]
-    environ = {"OSP_SERVER_DATA": str(home / "presets")}
-    command = [sys.executable, str(ROOT / "osp.py"), *flags]
-    with running(command, home, environ, home / "presets.log") as process:
-        wait_for(f"http://127.0.0.1:{port}", process, home / "presets.log")
-        wait_for_models(direct, home, "briefed:latest", "twin:latest")
-        yield f"http://127.0.0.1:{port}"
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("presets")
 
 
-def test_a_preset_is_a_model_with_its_own_settings(
-    proxy: str, http: httpx.Client, home: Path, binary: str
+@pytest.fixture(scope="module")
+def presets(direct: str, home: Path, folder: Path) -> Iterator[str]:
+    """The URL of a proxy that has made its presets; with a guard and agents of its own."""
+    for name, code in AGENTS.items():
+        write_agent(folder / "plugins", name, code)
+    with proxy(folder, direct, SETTINGS) as (url, _):
+        names = (f"{name}:latest" for name in ("signed", "canned", "guarded", "briefed", "twin"))
+        set_apart(direct, home / "models", *names)
+        yield url
+
+
+def run(binary: str, home: Path, url: str, *arguments: str) -> list[str]:
+    """Return the lines that a command prints, in any order: parameters have none."""
+    environ = {"PATH": os.environ["PATH"], "HOME": str(home), "OLLAMA_HOST": url}
+    done = subprocess.run([binary, *arguments], env=environ, capture_output=True, timeout=30)
+    assert done.returncode == 0, done.stderr
+    return sorted(done.stdout.decode().splitlines())
+
+
+def test_a_preset_is_a_model_to_ollamas_own_command(
+    binary: str, home: Path, folder: Path, presets: str, direct: str
 ) -> None:
-    shown = http.post(f"{proxy}/api/show", json={"model": "briefed"}).json()
-    listed = [model["id"] for model in http.get(f"{proxy}/v1/models").json()["data"]]
-    command = [binary, "run", "briefed", "hello"]
-    environ = {"HOME": str(home), "OLLAMA_HOST": proxy}
-    run = subprocess.run(command, env=environ, capture_output=True, timeout=30, check=True)
+    listed = {line.split()[0] for line in run(binary, home, presets, "list")}
 
-    assert shown["system"].startswith("the quick") and "num_ctx" in shown["parameters"]
-    assert {"briefed:latest", "twin:latest"} <= {*listed} and "gone:latest" not in listed
-    assert len(run.stdout.split()) == 4  # num_predict
-    [complaint] = [
-        line
-        for line in (home / "presets.log").read_text(encoding="utf-8").splitlines()
-        if "preset not made" in line
-    ]
-    assert json.loads(complaint)["error"] == "Ollama has no not-there: type `ollama pull not-there`"
+    assert {"signed:latest", "briefed:latest", "tiny:latest"} <= listed
+    assert run(binary, home, presets, "show", "signed") == run(binary, home, direct, "show", "tiny")
+    [answer] = filter(None, run(binary, home, presets, "run", "briefed", "hello"))
+    assert len(answer.split()) == 4  # num_predict, by /api/generate
+    assert "gone:latest" not in listed
+    log = (folder / "osp.log").read_text(encoding="utf-8")
+    assert log.count("Ollama has no not-there: type `ollama pull not-there`") == 1
 
 
 @pytest.mark.parametrize(("path", "body", "keys"), ENDPOINTS)
-def test_the_system_text_and_the_options_hold_in_each_endpoint(
-    proxy: str, http: httpx.Client, path: str, body: dict[str, Any], keys: list[str]
+def test_the_system_text_holds_in_each_endpoint(
+    presets: str, http: httpx.Client, path: str, body: dict[str, Any], keys: list[str]
 ) -> None:
     read = []
     for model in ("briefed", "twin"):
-        count = http.post(proxy + path, json=body | {"model": model}).json()
+        count = http.post(presets + path, json={**body, "model": model, "stream": False}).json()
         for key in keys:
             count = count[key]
         read.append(count)
@@ -84,10 +104,60 @@ def test_the_system_text_and_the_options_hold_in_each_endpoint(
 
 
 def test_presets_with_equal_options_share_one_runner(
-    proxy: str, http: httpx.Client, home: Path
+    presets: str, http: httpx.Client, home: Path
 ) -> None:
     for model in ("briefed", "twin", "briefed"):
-        http.post(f"{proxy}/api/chat", json=HELLO | {"model": model}).raise_for_status()
+        asked = {"model": model, "messages": HELLO, "stream": False}
+        http.post(f"{presets}/api/chat", json=asked).raise_for_status()
 
-    log = (home / "ollama.log").read_text(encoding="utf-8")
-    assert log.count("--ctx-size 512") == 1
+    assert (home / "ollama.log").read_text(encoding="utf-8").count("--ctx-size 512") == 1
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_both_clients_get_a_presets_agents(presets: str, stream: bool) -> None:
+    texts: dict[str, list[str]] = {"signed": [], "canned": []}
+    with (
+        ollama.Client(presets) as native,
+        openai.OpenAI(base_url=f"{presets}/v1", api_key="x") as other,
+    ):
+        for model, got in texts.items():
+            answer: Any = native.chat(model, HELLO, stream=stream)
+            parts = list(answer) if stream else [answer]
+            got.append("".join(part.message.content for part in parts))
+            create: Any = other.chat.completions.create
+            answer = create(model=model, messages=HELLO, stream=stream)
+            choices = [part.choices[0] for part in (answer if stream else [answer])]
+            said = [choice.delta if stream else choice.message for choice in choices]
+            got.append("".join(part.content or "" for part in said))
+        assert "signed:latest" in [model.id for model in other.models.list()]
+        assert other.models.retrieve("signed").id
+
+    assert all(text.endswith(" -- signed") for text in texts["signed"])
+    assert texts["canned"] == ["From a can, as it were."] * 2
+
+
+def test_explain_asks_no_model(presets: str) -> None:
+    question = [{"role": "user", "content": "/explain /note&/watch /sign hello"}]
+
+    with ollama.Client(presets) as client:
+        answer = client.chat("tiny", question).message.content or ""
+
+    assert "/note (ok" in answer and "+ [system] note" in answer
+    sent = answer.partition("would have been sent:\n")[2]
+    assert sent.startswith('[system] note\n[user] hello\nmodel: "tiny"\nstream: false')
+
+
+def test_a_guard_refuses_what_it_cannot_see_for_its_models_alone(
+    presets: str, http: httpx.Client
+) -> None:
+    body = {"model": "guarded", "prompt": "hello", "stream": False}
+
+    refused = http.post(f"{presets}/api/generate", json=body)
+    passed = http.post(f"{presets}/api/generate", json=body | {"model": "tiny"})
+    loaded = http.post(f"{presets}/api/generate", json={"model": "guarded"})
+
+    assert (refused.status_code, passed.status_code, loaded.status_code) == (403, 200, 200)
+    assert "watch" in refused.json()["error"]
+    with openai.OpenAI(base_url=f"{presets}/v1", api_key="x") as client:
+        with pytest.raises(openai.PermissionDeniedError, match="watch"):
+            client.completions.create(model="library/GUARDED:latest", prompt="x")

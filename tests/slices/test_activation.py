@@ -109,31 +109,27 @@ async def test_what_a_person_types_wrongly_is_an_answer_even_beside_a_preset(
 
 
 async def test_header_and_preset_are_spelt_with_a_slash_whatever_is_typed(agents: House) -> None:
-    for prefix in ("!", "::", ""):
+    for prefix, text in (("!", "!b: Is b."), ("::", "::b: Is b."), ("", "y")):
         async with agents.open(presets=PRESETS, commands={"prefix": prefix}) as client:
             await agents.post(client, CHAT, f"{prefix}b /a x", model="p", header="/d:h")
+            answer = await agents.post(client, CHAT, f"{prefix}help b")
+            assert said(answer.content).startswith(text)
 
     first = "/a x d=h0 c=from-preset0 b=0"
-    assert agents.sent == [[first], [first], ["b /a x d=h0 c=from-preset0"]]
+    assert agents.sent == [[first], [first], ["b /a x d=h0 c=from-preset0"], ["help b"]]
 
 
 @pytest.mark.parametrize("path", PATHS)
-async def test_what_is_always_on_runs_by_priority_then_by_name_and_keeps_its_place(
+async def test_an_always_on_agent_that_is_asked_for_keeps_its_place(
     agents: House, path: str
 ) -> None:
-    for name, priority in (("late", 5), ("zeta", 0), ("eta", 0), ("early", -0.5)):
+    for name, priority in (("late", 5), ("eta", 0), ("early", -0.5)):
         agents.add(name, MARK, always=True, priority=priority, arguments=ARGUMENTS)
-    agents.add("sleeps", MARK, always=True, enabled=False)
-    agents.add("other", MARK, always=True, models=["x"])
     write_agent(agents.plugins, "fails", "raise RuntimeError", always=True)
 
-    await agents.ask(path, "x")
     await agents.ask(path, "/b /late:t /eta:2 x", header="/late:h")
 
-    assert agents.sent == [
-        ["x early=0 eta=0 zeta=0 late=0"],
-        ["x early=0 eta=20 zeta=0 late=t0 b=0"],
-    ]
+    assert agents.sent == [["x early=0 eta=20 late=t0 b=0"]]
 
 
 @pytest.mark.parametrize("path", PATHS[:3])

@@ -174,6 +174,9 @@ async def test_help_is_the_proxys_own_and_no_agent_changes_it(
     async with agents.open() as client:
         got = [await agents.post(client, path, each, **fields) for each in typed]
     answers = {text: said(answer.content) for text, answer in zip(typed, got, strict=True)}
+    types = {CHAT: ("application/json; charset=utf-8", "application/x-ndjson")}
+    kind = types.get(path, ("application/json", "text/event-stream"))[stream]
+    assert {answer.headers["content-type"] for answer in got} == {kind}
 
     note = "/note: Is note.\n    text='nothing'\n    n=1"
     assert answers[" /help"] == f"{note}\n/on: Is on.\n/shout: Is shout.\n/tells: Is tells."
@@ -204,14 +207,6 @@ async def test_where_prose_is_no_answer_help_and_replies_are_a_400(
         for typed, text in expected.items():
             answer = await agents.post(client, path, typed, **fields)
             assert answer.status_code == 400 and text in str(answer.json()["error"])
-
-
-async def test_another_prefix_or_none(agents: House) -> None:
-    for prefix, texts in {"!": ["Y", "y", "!shout: Is shout."], "": ["y", "y", "y"]}.items():
-        async with agents.open(commands={"prefix": prefix}) as client:
-            asked = ("!shout a", "/shout a", "!help shout")
-            got = [said((await agents.post(client, CHAT, text)).content) for text in asked]
-        assert got == texts
 
 
 async def test_the_rest_of_a_request_survives_a_rewrite(agents: House) -> None:

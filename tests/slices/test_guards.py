@@ -9,33 +9,28 @@ from __future__ import annotations
 import gzip
 import json
 import re
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
-from pathlib import Path
+from collections.abc import Sequence
 from typing import Any
+from urllib.parse import unquote
 
 import httpx
 import pytest
 
-import demo
-import osp
-from kernel.config import Config, PluginsConfig, ServerConfig, UpstreamConfig
-from kernel.server import SETTINGS
-from tests.support import DONE, FakeOllama, done, event, line, running, said, turn, write_agent
+from tests.support import DONE, Asked, House, done, event, said, turn, write_agent
 
 CHATS = ["/api/chat", "/v1/chat/completions"]
-ASKS = [  # where `model` says which model is asked
-    "/api/generate", "/v1/completions", "/api/embed", "/api/embeddings", "/v1/embeddings",
-    "/v1/images/generations",
-]  # fmt: skip
-OTHERS = [
-    "/api/create", "/api/copy", "/api/blobs/sha256:00", "/api/experimental/web_search",
-    "/v1/audio/transcriptions", "/v1/messages/count_tokens", "/api/later", "/", "/api/chat/",
-    "//api/chat", "/api/x/%2e%2e/chat", "/API/CHAT",
-]  # fmt: skip
+ASKS = (  # where `model` says which model is asked
+    "/api/generate /v1/completions /api/embed /api/embeddings /v1/embeddings /v1/images/generations"
+).split()
+OTHERS = (
+    "/api/create /api/copy /api/blobs/sha256:00 /api/experimental/web_search"
+    " /v1/audio/transcriptions /v1/messages/count_tokens /api/later / /api/chat/ //api/chat"
+    " /api/x/%2e%2e/chat /API/CHAT"
+).split()
 UNSEEN = [*ASKS, *OTHERS]
 PLAIN = json.dumps(turn("x")).encode()
 UNREADABLE = [
+    b"",
     b"\xef\xbb\xbf" + PLAIN,
     PLAIN[:-1] + b',"seed":NaN}',
     PLAIN[:-1] + b',"seed":1e999}',
@@ -62,7 +57,6 @@ LIMIT = {"max_body": 4096}
 CLI = {"model": "demo", "prompt": "", "suffix": "", "system": "", "template": "", "options": None}
 LOADS: list[tuple[str, dict[str, Any]]] = [
     ("/api/generate", CLI),
-    ("/api/generate", CLI | {"keep_alive": "0s"}),
     ("/api/generate", {"model": "demo"}),
     ("/api/generate", {"model": "demo", "keep_alive": 0, "stream": False}),
     ("/api/generate", {"model": "demo", "prompt": "", "images": [], "raw": False, "context": []}),
@@ -70,7 +64,7 @@ LOADS: list[tuple[str, dict[str, Any]]] = [
     ("/api/chat", {"model": "demo", "messages": None, "options": None, "keep_alive": "0s"}),
     ("/api/chat", {"model": "demo", "messages": [], "keep_alive": 0, "stream": True}),
 ]
-
+FAILS = "raise RuntimeError"
 ASKS_CODE = """
 class Privacy(BaseAgent):
     async def on_request(self, payload):
@@ -82,24 +76,20 @@ class Privacy(BaseAgent):
         return response.upper()
 """
 
-
-ANSWERS = {
-    "/api/chat": b'{"message":{"role":"assistant","content":"a"},"done":true}',
-    "/v1/chat/completions": b'{"choices":[{"index":0,"message":{"content":"a"}}]}',
-}
+Call = tuple[str, Any]  # a target, and a body: bytes, or what JSON is made of
 
 
-def write_guard(folder: Path, code: str = ASKS_CODE, **config: Any) -> Path:
-    return write_agent(folder, "privacy", code, **{"always": True, "on_error": "abort"} | config)
+def write_guard(house: House, code: str = ASKS_CODE, **config: Any) -> None:
+    config = {"always": True, "on_error": "abort"} | config
+    write_agent(house.plugins, "privacy", code, **config)
 
 
-def refusal(path: str, why: str = "cannot see this request") -> tuple[int, Any]:
-    text = f"the agent privacy {why}, and nothing may pass without it"
+def refusal(target: str, why: str = "cannot see this request") -> tuple[int, Any]:
+    path, text = unquote(target), f"the agent privacy {why}, and nothing may pass without it"
     if not path.startswith("/v1/"):
         return 403, {"error": text}
     if path.startswith("/v1/messages"):
-        error = {"type": "permission_error", "message": text}
-        return 403, {"type": "error", "error": error}
+        return 403, {"type": "error", "error": {"type": "permission_error", "message": text}}
     return 403, {"error": {"message": text, "type": "api_error", "param": None, "code": None}}
 
 
@@ -108,302 +98,209 @@ def got(answer: httpx.Response) -> tuple[int, Any]:
     return answer.status_code, json.loads(re.sub(r'; (\\.|[^"])*"', '"', answer.text))
 
 
-@asynccontextmanager
-async def passing(
-    ollama: FakeOllama, url: str, folder: Path, **sections: Any
-) -> AsyncIterator[httpx.AsyncClient]:
-    """Run a proxy, and see that every request that is sent in the block reaches Ollama."""
-    ollama.answers(b"{}", kind="application/json")
-    statuses: list[int] = []
+async def answers(house: House, calls: Sequence[Call], **sections: Any) -> list[httpx.Response]:
+    """Post to a proxy that is open while it is asked; `headers` go with each request."""
+    headers = sections.pop("headers", {})
+    async with house.open(**sections) as client:
+        base = str(client.base_url).rstrip("/")  # else httpx would take //x for a host
+        sent = [(t, b if isinstance(b, bytes) else json.dumps(b)) for t, b in calls]
+        return [await client.post(base + t, content=b, headers=headers) for t, b in sent]
 
-    async def note(answer: httpx.Response) -> None:
-        statuses.append(answer.status_code)
 
-    async with running(url, folder, **sections) as client:
-        client.event_hooks["response"].append(note)
-        yield client
-    assert statuses == [200] * len(ollama.asked) and statuses
+async def refuses(
+    house: House, calls: Sequence[Call], why: str = "cannot see this request", **sections: Any
+) -> None:
+    """See that each of these requests is refused in its dialect and reaches nobody."""
+    before = len(house.ollama.asked)
+    for call, answer in zip(calls, await answers(house, calls, **sections), strict=True):
+        assert got(answer) == refusal(call[0], why), call
+    assert len(house.ollama.asked) == before
+
+
+async def passes(house: House, calls: Sequence[Call], **sections: Any) -> list[Asked]:
+    """See that each of these requests reaches Ollama, and return what Ollama was asked."""
+    house.ollama.answers(b"{}", kind="application/json")
+    for call, answer in zip(calls, await answers(house, calls, **sections), strict=True):
+        assert answer.content == b"{}", call
+    asked = house.ollama.asked[-len(calls) :]
+    assert [each.target for each in asked] == [target for target, _ in calls]
+    return asked
+
+
+def chats(**fields: Any) -> list[Call]:
+    return [(path, turn("x", **fields)) for path in CHATS]
 
 
 @pytest.mark.parametrize("stream", [True, False])
 @pytest.mark.parametrize("path", CHATS)
-async def test_a_guard_sees_a_chat_and_its_answer(
-    demo_url: str, plugins: Path, path: str, stream: bool
-) -> None:
-    write_guard(plugins, ASKS_CODE + RESPONDS.split("\n", 2)[2])
+async def test_a_guard_sees_a_chat_and_its_answer(house: House, path: str, stream: bool) -> None:
+    write_guard(house, ASKS_CODE + RESPONDS.split("\n", 2)[2])
 
-    async with running(demo_url, plugins) as client:
-        answer = await client.post(path, json=turn("hi", stream=stream))
+    answer = await house.ask(path, "hi", stream=stream)
 
-    assert said(answer.content) == "I AM THE DEMO MODEL. I WAS SENT:\n[SYSTEM] SEEN\n[USER] HI"
+    assert house.sent == [["seen", "hi"]] and said(answer.content) == "Y"
 
 
 @pytest.mark.parametrize("path", UNSEEN)
-async def test_what_is_no_chat_is_refused_in_its_dialect(
-    ollama: FakeOllama, ollama_url: str, plugins: Path, path: str
-) -> None:
-    write_guard(plugins)
-    bodies = [json.dumps({"model": "demo", "prompt": "x"}).encode(), *DOUBTFUL, *TWICE, b""]
+async def test_what_is_no_chat_is_refused_in_its_dialect(house: House, path: str) -> None:
+    """A guard of one model is asked where `model` is not the one that is asked, too."""
+    write_guard(house, models=["demo"])
+    bodies = [b'{"model":"demo","prompt":"x"}', *DOUBTFUL, *TWICE]
+    bodies += [b'{"model":"new","from":"demo","system":"x"}'] if path in OTHERS else []
     spelt = [path, path.replace("a", "%61"), path.replace("e", "%65"), f"{path}?beta=true"]
-    spelt = spelt[:1] if path == "//api/chat" else spelt  # what httpx takes for a host
 
-    async with running(ollama_url, plugins, server=LIMIT) as client:
-        for target in spelt:
-            for body in bodies:
-                assert got(await client.post(target, content=body)) == refusal(path), body
-        hello = {"origin": "http://evil.example"}
-        assert got(await client.post(path, content=PLAIN, headers=hello)) == refusal(path)
-
-    assert ollama.asked == []
+    await refuses(house, [(s, body) for s in spelt for body in bodies], server=LIMIT)
+    await refuses(house, [(path, PLAIN)], headers={"origin": "http://evil.example"})
 
 
 @pytest.mark.parametrize("path", CHATS)
-async def test_a_chat_that_no_agent_can_read_is_refused(
-    ollama: FakeOllama, ollama_url: str, plugins: Path, path: str
-) -> None:
-    write_guard(plugins)
+async def test_a_chat_that_no_agent_can_read_is_refused(house: House, path: str) -> None:
+    write_guard(house)
+    spelt = (path, path.replace("chat", "ch%61t"))
 
-    async with running(ollama_url, plugins, server=LIMIT) as client:
-        for body in DOUBTFUL:
-            for target in (path, path.replace("chat", "ch%61t")):
-                assert got(await client.post(target, content=body)) == refusal(path), body
-        for origin in ("http://evil.example", "null"):
-            foreign = await client.post(path, content=PLAIN, headers={"origin": origin})
-            assert got(foreign) == refusal(path)
-
-    assert ollama.asked == []
+    await refuses(house, [(s, body) for s in spelt for body in DOUBTFUL], server=LIMIT)
+    for origin in ("http://evil.example", "null"):
+        await refuses(house, [(path, PLAIN)], headers={"origin": origin})
 
 
-@pytest.mark.parametrize("guard", ["none", "skips", "asked", "off", "table"])
-async def test_without_a_guard_all_of_that_passes(
-    ollama: FakeOllama, ollama_url: str, plugins: Path, guard: str
-) -> None:
-    """An agent that may fail is no guard, nor one that is not always on, or that is disabled."""
-    config: dict[str, Any] = {"skips": {"on_error": "skip"}, "asked": {"always": False}}
-    if guard != "none":
-        write_guard(plugins, **config.get(guard, {"enabled": guard != "off"}))
-    tables = {"privacy": {"enabled": False}} if guard == "table" else {}
-    origin = {"origin": "http://evil.example"}
-
-    async with passing(ollama, ollama_url, plugins, server=LIMIT, agents=tables) as client:
-        for path in [*UNSEEN, *CHATS]:
-            for body in DOUBTFUL:
-                await client.post(path, content=body)
-            await client.post(path, content=PLAIN, headers=origin)
-            assert ollama.asked[-1].body == PLAIN
-        await client.post("/api/chat", json=turn("x", logprobs=True, format="json"))
-
-    sent = [asked.body for asked in ollama.asked if asked.target == "/api/chat"]
-    assert sent[:-2] == DOUBTFUL
+ONLY_OTHERS = {"plugins": {"only": ["other"]}}
+OFF = {"agents": {"privacy": {"enabled": False}}}
+NO_GUARDS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
+    "may fail": (ASKS_CODE, {"on_error": "skip"}, {}),
+    "not always on": (ASKS_CODE, {"always": False}, {}),
+    "disabled": (ASKS_CODE, {"enabled": False}, {}),
+    "disabled in the table": (ASKS_CODE, {}, OFF),
+    "disabled, with a typo": (ASKS_CODE, {"enabled": False, "typo": 1}, {}),
+    "disabled in the table, with a typo": (ASKS_CODE, {"typo": 1}, OFF),
+    "left out": (ASKS_CODE, {}, ONLY_OTHERS),
+    "left out, fails": (FAILS, {}, ONLY_OTHERS),
+}
 
 
-@pytest.mark.parametrize("code", [ASKS_CODE, "raise RuntimeError"])
-async def test_a_guard_that_is_left_out_is_none(
-    ollama: FakeOllama, ollama_url: str, plugins: Path, code: str
-) -> None:
-    write_guard(plugins, code)
-    config = Config(
-        server=ServerConfig(data=plugins.parent / "data"),
-        upstream=UpstreamConfig(url=ollama_url),
-        plugins=PluginsConfig(dirs=(plugins,), only=("other",)),
-    )
-    ollama.answers(b"{}", kind="application/json")
+@pytest.mark.parametrize("kind", NO_GUARDS)
+async def test_without_a_guard_all_of_that_passes_as_it_is(house: House, kind: str) -> None:
+    code, config, sections = NO_GUARDS[kind]
+    write_guard(house, code, **config)
+    calls = [(path, body) for path in [*UNSEEN, *CHATS] for body in DOUBTFUL]
 
-    async with demo.serve(osp.create_app(config), **SETTINGS) as url, httpx.AsyncClient() as client:
-        for path in [*UNSEEN, *CHATS]:
-            await client.post(url + path, content=PLAIN)
+    asked = await passes(house, calls, server=LIMIT, **sections)
+    await passes(house, chats(logprobs=True, format="json"), **sections)
 
-    assert [asked.body for asked in ollama.asked] == [PLAIN] * len([*UNSEEN, *CHATS])
+    assert [each.body for each in asked] == [body for _, body in calls]
 
 
-FALSE: list[tuple[str, dict[str, Any]]] = [
-    ("/api/chat", {"logprobs": True}),
-    ("/api/chat", {"logprobs": True, "top_logprobs": 2, "stream": False}),
-    ("/api/chat", {"format": "json"}),
-    ("/api/chat", {"format": {"type": "object"}, "stream": False}),
-    ("/v1/chat/completions", {"logprobs": True, "stream": True}),
-    ("/v1/chat/completions", {"response_format": {"type": "json_object"}}),
-    ("/v1/chat/completions", {"response_format": {"type": "json_schema"}, "stream": True}),
+FALSE: list[Call] = [
+    ("/api/chat", turn("x", logprobs=True)),
+    ("/api/chat", turn("x", logprobs=True, top_logprobs=2, stream=False)),
+    ("/v1/chat/completions", turn("x", logprobs=True, stream=True)),
+]
+STRUCTURED: list[Call] = [
+    ("/api/chat", turn("x", format="json")),
+    ("/api/chat", turn("x", format={"type": "object"}, stream=False)),
+    ("/v1/chat/completions", turn("x", response_format={"type": "json_object"})),
+    ("/v1/chat/completions", turn("x", response_format={"type": "json_schema"}, stream=True)),
+]
+TRUE: list[Call] = [
+    ("/api/chat", turn("x", format="")),
+    ("/api/chat", turn("x", format=None, logprobs=False)),
+    ("/v1/chat/completions", turn("x", response_format={"type": "text"}, logprobs=None)),
+    ("/v1/chat/completions", turn("x", response_format=None)),
 ]
 
 
-async def test_an_answer_that_a_guard_may_not_edit_is_refused(
-    ollama: FakeOllama, ollama_url: str, plugins: Path
-) -> None:
-    write_guard(plugins, RESPONDS)
+@pytest.mark.parametrize("structured", [False, True])
+async def test_a_guard_edits_an_answer_or_it_is_refused(house: House, structured: bool) -> None:
+    write_guard(house, RESPONDS, structured=structured)
 
-    async with running(ollama_url, plugins) as client:
-        for path, fields in FALSE:
-            assert got(await client.post(path, json=turn("x", **fields))) == refusal(path), fields
-
-    assert ollama.asked == []
-
-
-async def test_a_guard_of_requests_has_no_say_in_answers(
-    ollama: FakeOllama, ollama_url: str, plugins: Path
-) -> None:
-    write_guard(plugins, ASKS_CODE)
-
-    async with passing(ollama, ollama_url, plugins) as client:
-        for path, fields in FALSE:
-            await client.post(path, json=turn("x", **fields))
-
-    assert {asked.json["messages"][0]["content"] for asked in ollama.asked} == {"seen"}
+    await refuses(house, FALSE if structured else [*FALSE, *STRUCTURED])
+    async with house.open() as client:
+        for path, fields in [*TRUE, *STRUCTURED] if structured else TRUE:
+            answer = await house.post(client, path, **fields)
+            assert said(answer.content) == "Y", fields
 
 
-async def test_a_guard_that_keeps_json_valid_sees_structured_answers_but_no_logprobs(
-    ollama: FakeOllama, ollama_url: str, plugins: Path
-) -> None:
-    write_guard(plugins, RESPONDS, structured=True)
+async def test_a_guard_of_requests_has_no_say_in_answers(house: House) -> None:
+    write_guard(house)
 
-    async with running(ollama_url, plugins) as client:
-        for path, fields in FALSE:
-            ollama.answers(ANSWERS[path], kind="application/json")
-            answer = await client.post(path, json=turn("x", **fields))
-            if "logprobs" in fields:
-                assert got(answer) == refusal(path)
-            else:
-                assert answer.status_code == 200 and said(answer.content) == "A"
+    asked = await passes(house, [*FALSE, *STRUCTURED])
 
-
-async def test_what_asks_for_no_structure_is_seen(
-    ollama: FakeOllama, ollama_url: str, plugins: Path
-) -> None:
-    write_guard(plugins, RESPONDS)
-    plain: list[tuple[str, dict[str, Any]]] = [
-        ("/api/chat", {"format": ""}),
-        ("/api/chat", {"format": None, "logprobs": False}),
-        ("/v1/chat/completions", {"response_format": {"type": "text"}, "logprobs": None}),
-        ("/v1/chat/completions", {"response_format": None}),
-    ]
-
-    async with running(ollama_url, plugins) as client:
-        for path, fields in plain:
-            ollama.answers(ANSWERS[path], kind="application/json")
-            answer = await client.post(path, json=turn("x", **fields))
-            assert said(answer.content) == "A", fields
+    assert {each.json["messages"][0]["content"] for each in asked} == {"seen"}
 
 
 @pytest.mark.parametrize("path", CHATS)
 @pytest.mark.parametrize("stream", [True, False])
 async def test_an_answer_that_cannot_be_read_is_refused_for_a_guard_that_responds(
-    ollama: FakeOllama, ollama_url: str, plugins: Path, path: str, stream: bool
+    house: House, path: str, stream: bool
 ) -> None:
-    write_guard(plugins, RESPONDS)
+    write_guard(house, RESPONDS)
     streams = {CHATS[0]: "application/x-ndjson", CHATS[1]: "text/event-stream"}
     kind = streams[path] if stream else "application/json"
     secret = gzip.compress(done("secret") + event("secret") + DONE)
 
-    async with running(ollama_url, plugins) as client:
-        for headers, as_kind in (([("content-encoding", "gzip")], kind), ([], "text/plain")):
-            ollama.answers(secret, kind=as_kind, headers=headers)
-            assert got(await client.post(path, json=turn("x", stream=stream))) == refusal(path)
+    for headers, as_kind in (([("content-encoding", "gzip")], kind), ([], "text/plain")):
+        house.ollama.answers(secret, kind=as_kind, headers=headers)
+        [answer] = await answers(house, [(path, turn("x", stream=stream))])
+        assert got(answer) == refusal(path)
 
 
 @pytest.mark.parametrize("path", CHATS)
+@pytest.mark.parametrize(("code", "status"), [(RESPONDS, 503), (ASKS_CODE, 200)])
 async def test_an_error_of_ollama_and_an_answer_without_say_pass_a_guard(
-    ollama: FakeOllama, ollama_url: str, plugins: Path, path: str
+    house: House, path: str, code: str, status: int
 ) -> None:
+    write_guard(house, code)
     packed = gzip.compress(b'{"error":"busy"}')
     encoded = [("content-encoding", "gzip")]
-    write_guard(plugins, RESPONDS)
-    ollama.answers(packed, status=503, kind="application/json", headers=encoded)
-    async with running(ollama_url, plugins) as client:
-        error = await client.post(path, json=turn("x"))
+    house.ollama.answers(packed, status=status, kind="application/json", headers=encoded)
 
-    write_agent(plugins.parent / "asks", "privacy", ASKS_CODE, always=True, on_error="abort")
-    ollama.answers(packed, kind="application/json", headers=encoded)
-    async with running(ollama_url, plugins.parent / "asks") as client:
-        answer = await client.post(path, json=turn("x"))
+    [answer] = await answers(house, [(path, turn("x"))])
 
-    assert (error.status_code, error.content) == (503, b'{"error":"busy"}')
-    assert (answer.status_code, answer.content) == (200, b'{"error":"busy"}')
+    assert (answer.status_code, answer.content) == (status, b'{"error":"busy"}')
 
 
 GUARDING = '"always": true, "on_error": "abort"'
-NOT_LOADED: dict[str, tuple[str, str, dict[str, Any]]] = {
-    "code": ("raise RuntimeError", f"{{{GUARDING}}}", {}),
+SETUP_FAILS = "class P(BaseAgent):\n    async def setup(self):\n        raise OSError"
+NOT_LOADED: dict[str, tuple[str, str, Any]] = {
+    "code": (FAILS, f"{{{GUARDING}}}", {}),
     "no class": ("", f"{{{GUARDING}}}", {}),
-    "setup": (
-        "class P(BaseAgent):\n    async def setup(self):\n        raise OSError",
-        f"{{{GUARDING}}}",
-        {},
-    ),
-    "comma": (ASKS_CODE, f"{{{GUARDING},}}", {}),
-    "compact": (ASKS_CODE, '{"always":true,"on_error":"abort",}', {}),
-    "spaces": (ASKS_CODE, '{"always" :  true,\n "on_error"\t: "abort",}', {}),
+    "setup": (SETUP_FAILS, f"{{{GUARDING}}}", {}),
+    "spaces": (ASKS_CODE, '{"always" :  true,\n "on_error"\t:"abort",}', {}),
     "cut": (ASKS_CODE, f'{{{GUARDING}, "settings": {{', {}),
     "unknown key": (ASKS_CODE, f'{{{GUARDING}, "modells": ["m"]}}', {}),
     "wrong type": (ASKS_CODE, f'{{{GUARDING}, "timeout": "long"}}', {}),
-    "command": (ASKS_CODE, f'{{{GUARDING}, "command": "a b"}}', {}),
     "variable": (ASKS_CODE, f'{{{GUARDING}, "settings": {{"key": "$NOPE"}}}}', {}),
     "table": (ASKS_CODE, f"{{{GUARDING}}}", {"timeout": "long"}),
     "table key": (ASKS_CODE, f"{{{GUARDING}}}", {"allways": True}),
     "table alone": (ASKS_CODE, "{}", {"always": True, "on_error": "abort", "k": 1}),
     "table always": (ASKS_CODE, f"{{{GUARDING}}}", {"always": "true"}),
+    "table on_error": (ASKS_CODE, f"{{{GUARDING}}}", {"on_error": "Abort"}),
+    "no table": (ASKS_CODE, f"{{{GUARDING}}}", True),
     "UTF-16": (ASKS_CODE, f"{{{GUARDING}}}", {}),
     "a folder": (ASKS_CODE, "", {}),
-    "table on_error": (ASKS_CODE, f"{{{GUARDING}}}", {"on_error": "Abort"}),
 }
 
 
 @pytest.mark.parametrize("how", NOT_LOADED)
-async def test_while_a_guard_is_not_loaded_nothing_passes(
-    ollama: FakeOllama, ollama_url: str, plugins: Path, how: str
-) -> None:
+async def test_while_a_guard_is_not_loaded_nothing_passes(house: House, how: str) -> None:
     code, config, table = NOT_LOADED[how]
-    file = write_agent(plugins, "privacy", code) / "config.json"
+    file = write_agent(house.plugins, "privacy", code) / "config.json"
     if how == "a folder":
         file.mkdir()
     else:
         file.write_text(config, encoding="utf-16" if how == "UTF-16" else "utf-8")
-    ollama.answers(b"{}", kind="application/json")
+    bodies = (turn("x", prompt="x"), turn("/privacy x", stream=False))
+    calls = [(path, body) for path in [*UNSEEN, *CHATS] for body in bodies]
 
-    async with running(ollama_url, plugins, agents={"privacy": table}) as client:
-        for path in [*UNSEEN, *CHATS]:
-            for body in (turn("x", prompt="x"), turn("/privacy x", stream=False)):
-                assert got(await client.post(path, json=body)) == refusal(path, "is not loaded")
-
-    assert ollama.asked == []
+    await refuses(house, calls, "is not loaded", agents={"privacy": table} if table else {})
 
 
-async def test_a_table_that_is_none_neither_stops_the_start_nor_opens_the_door(
-    ollama: FakeOllama, ollama_url: str, plugins: Path
-) -> None:
-    write_guard(plugins)
+@pytest.mark.parametrize("code", [ASKS_CODE, RESPONDS, FAILS])
+async def test_loading_and_unloading_a_model_passes_a_guard(house: House, code: str) -> None:
+    write_guard(house, code)
 
-    async with running(ollama_url, plugins, agents={"privacy": True}) as client:
-        answer = await client.post("/api/chat", json=turn("x"))
+    asked = await passes(house, LOADS)
 
-    assert got(answer) == refusal("/api/chat", "is not loaded")
-
-
-@pytest.mark.parametrize("where", ["config.json", "table"])
-async def test_a_guard_that_is_disabled_is_none_even_where_its_settings_are_wrong(
-    ollama: FakeOllama, ollama_url: str, plugins: Path, where: str
-) -> None:
-    folder = write_guard(plugins)
-    off = ', "enabled": false' if where == "config.json" else ""
-    (folder / "config.json").write_text(f'{{{GUARDING}{off}, "typo": 1}}', encoding="utf-8")
-    tables = {"privacy": {"enabled": False}} if where == "table" else {}
-
-    async with passing(ollama, ollama_url, plugins, agents=tables) as client:
-        for path in [*UNSEEN, *CHATS]:
-            await client.post(path, json=turn("x", prompt="x"))
-
-
-@pytest.mark.parametrize("code", [ASKS_CODE, RESPONDS, "raise RuntimeError"])
-async def test_loading_and_unloading_a_model_passes_a_guard(
-    ollama: FakeOllama, ollama_url: str, plugins: Path, code: str
-) -> None:
-    write_guard(plugins, code)
-
-    async with passing(ollama, ollama_url, plugins) as client:
-        for path, body in LOADS:
-            answer = await client.post(path, json=body)
-            assert answer.status_code == 200, (path, body)
-
-    assert [(asked.target, asked.json) for asked in ollama.asked] == LOADS
+    assert [each.json for each in asked] == [body for _, body in LOADS]
 
 
 NO_LOADS = [
@@ -416,24 +313,16 @@ NO_LOADS = [
 ]
 
 
-@pytest.mark.parametrize("path", UNSEEN)
-async def test_what_only_looks_like_loading_is_refused(
-    ollama: FakeOllama, ollama_url: str, plugins: Path, path: str
-) -> None:
-    write_guard(plugins)
-    ollama.answers(b"{}", kind="application/json")
+async def test_what_only_looks_like_loading_is_refused(house: House) -> None:
+    write_guard(house)
 
-    async with running(ollama_url, plugins) as client:
-        for body in NO_LOADS if path == "/api/generate" else [*NO_LOADS, b'{"model":"demo"}']:
-            assert got(await client.post(path, content=body)) == refusal(path), body
-
-    assert ollama.asked == []
+    await refuses(house, [(path, body) for path in UNSEEN for body in NO_LOADS])
+    await refuses(house, [(path, b'{"model":"demo"}') for path in UNSEEN[1:]])
 
 
-async def test_what_asks_no_model_for_text_passes_a_guard(
-    ollama: FakeOllama, ollama_url: str, plugins: Path
-) -> None:
-    write_guard(plugins, "raise RuntimeError")
+async def test_what_asks_no_model_for_text_passes_a_guard_and_no_other_method(house: House) -> None:
+    write_guard(house, FAILS)
+    house.ollama.answers(b"{}", kind="application/json")
     requests = [
         ("POST", "/api/show", b'{"Model":"demo"}'),
         ("POST", "/api/pull", b'{ "model":"demo"}'),
@@ -448,183 +337,126 @@ async def test_what_asks_no_model_for_text_passes_a_guard(
         ("OPTIONS", "/api/chat", b""),
     ]
 
-    async with passing(ollama, ollama_url, plugins) as client:
+    async with house.open() as client:
         for method, path, body in requests:
-            await client.request(method, path, content=body)
+            assert (await client.request(method, path, content=body)).status_code == 200
+        for method in ("PUT", "PATCH", "PROPFIND", "TRACE"):
+            answer = await client.request(method, "/api/later", content=PLAIN)
+            assert got(answer) == refusal("/api/later", "is not loaded")
 
-    assert [(asked.method, asked.target, asked.body) for asked in ollama.asked] == requests
-
-
-SPELLINGS = [
-    "demo",
-    "DEMO",
-    "demo:latest",
-    "library/demo",
-    "registry.ollama.ai/library/demo:Latest",
-    "http://registry.ollama.ai/library/demo",
-    "a-b://registry.ollama.ai/library/demo",  # Ollama throws any scheme away
-    "://registry.ollama.ai/library/demo",
-    "demo:local",  # and newer ones the source of a model
-    " demo ",
-]
+    asked = [(each.method, each.target, each.body) for each in house.ollama.asked]
+    assert asked == requests
 
 
-@pytest.mark.parametrize("name", SPELLINGS)
+# Ollama throws any scheme away, and newer ones the source of a model
+SPELLINGS = (
+    "demo DEMO demo:latest library/demo registry.ollama.ai/library/demo:Latest demo:local"
+    " http://registry.ollama.ai/library/demo a-b://registry.ollama.ai/library/demo"
+    " ://registry.ollama.ai/library/demo"
+).split()
+
+
 async def test_a_guard_of_some_models_is_asked_for_those_however_they_are_spelt(
-    ollama: FakeOllama, ollama_url: str, plugins: Path, name: str
+    house: House,
 ) -> None:
-    write_guard(plugins, models=["Demo"])
-    ollama.answers(b"{}", kind="application/json")
+    write_guard(house, models=["Demo"])
+    bodies = [turn("x", prompt="x") | {"model": name} for name in [*SPELLINGS, " demo "]]
 
-    async with running(ollama_url, plugins) as client:
-        for path in ASKS:
-            refused = await client.post(path, json={"model": name, "prompt": "x"})
-            assert got(refused) == refusal(path)
-        await client.post("/api/chat", json=turn("x") | {"model": name})
+    await refuses(house, [(path, body) for path in ASKS for body in bodies])
+    await passes(house, [("/api/chat", body) for body in bodies])
 
-    assert [asked.json["messages"][0]["content"] for asked in ollama.asked] == ["seen"]
+    assert house.sent == [["seen", "x"]] * len(bodies)
 
 
-@pytest.mark.parametrize("code", [ASKS_CODE, "raise RuntimeError"])
+@pytest.mark.parametrize("code", [ASKS_CODE, FAILS])
 async def test_other_models_pass_it_and_what_cannot_be_read_does_not(
-    ollama: FakeOllama, ollama_url: str, plugins: Path, code: str
+    house: House, code: str
 ) -> None:
-    write_guard(plugins, code, models=["demo", "private-*"])
+    write_guard(house, code, models=["demo", "private-*"])
     why = "cannot see this request" if code == ASKS_CODE else "is not loaded"
+    free = [
+        turn("x") | {"model": name} for name in ("other", "demo:1b", "me/demo", "demonstration")
+    ]
+    bound = [turn("x") | {"model": name} for name in ("demo", "private-1")]
+    other = [body.replace(b'"demo"', b'"other"') for body in [*UNREADABLE, *TWICE, *DOUBTFUL]]
+    readable = len(UNREADABLE) + len(TWICE)
 
-    async with passing(ollama, ollama_url, plugins) as client:
-        for path in [*ASKS, *CHATS]:
-            for name in ("other", "demo:1b", "me/demo", "demonstration"):
-                await client.post(path, json=turn("x", prompt="x") | {"model": name})
-                assert ollama.asked[-1].json["model"] == name
-    async with running(ollama_url, plugins, server=LIMIT) as client:
-        for path in [*ASKS, *CHATS]:
-            for body in DOUBTFUL if path in CHATS else [*UNREADABLE, *TWICE]:
-                body = body.replace(b'"demo"', b'"other"')
-                assert got(await client.post(path, content=body)) == refusal(path, why), body
-            for name in ("demo", "private-1"):
-                if path in ASKS or code != ASKS_CODE:
-                    bound = await client.post(path, json=turn("x") | {"model": name})
-                    assert got(bound) == refusal(path, why)
+    asked = await passes(house, [(path, body) for path in [*ASKS, *CHATS] for body in free])
+    assert [each.json for each in asked] == free * len([*ASKS, *CHATS])
+    await refuses(house, [(p, body) for p in ASKS for body in other[:readable]], why, server=LIMIT)
+    await refuses(house, [(p, body) for p in CHATS for body in other[readable:]], why, server=LIMIT)
+    paths = ASKS if code == ASKS_CODE else [*ASKS, *CHATS]
+    await refuses(house, [(path, body) for path in paths for body in bound], why)
 
 
 async def test_a_guard_is_asked_for_a_preset_and_for_the_model_that_it_stands_for(
-    ollama: FakeOllama, ollama_url: str, plugins: Path
+    house: House,
 ) -> None:
-    write_guard(plugins, models=["demo"])
+    write_guard(house, models=["demo"])
     presets = {"fast": {"model": "demo"}, "demo": {"model": "other"}, "free": {"model": "other"}}
-    ollama.answers(line("a"), done())
+    fast, demo, free = ({"model": name, "prompt": "x"} for name in presets)
+    models = [turn("x") | {"model": name} for name in presets]
 
-    async with running(ollama_url, plugins, presets=presets) as client:
-        for path in ASKS:
-            for name in ("fast", "demo"):
-                refused = await client.post(path, json={"model": name, "prompt": "x"})
-                assert got(refused) == refusal(path)
-            await client.post(path, json={"model": "free", "prompt": "x"})
-            assert ollama.asked.pop().json == {"model": "free", "prompt": "x"}
-        for name in ("fast", "demo", "free"):
-            await client.post("/api/chat", json=turn("x") | {"model": name})
+    await refuses(house, [(p, body) for p in ASKS for body in (fast, demo)], presets=presets)
+    asked = await passes(house, [(path, free) for path in ASKS], presets=presets)
+    assert all(each.json == free for each in asked)
+    asked = await passes(house, [("/api/chat", body) for body in models], presets=presets)
 
-    first = [asked.json["messages"][0]["content"] for asked in ollama.asked]
-    assert first == ["seen", "seen", "x"]
+    assert [each.json["messages"][0]["content"] for each in asked] == ["seen", "seen", "x"]
 
 
-async def test_what_is_judged_is_what_is_sent(
-    ollama: FakeOllama, ollama_url: str, plugins: Path
-) -> None:
-    write_guard(plugins, models=["demo"])
+async def test_what_is_judged_is_what_is_sent(house: House) -> None:
+    write_guard(house, models=["demo"])
     body = b' { "model" : "m\\u0061x", "prompt" : "\xc3\xa4", "n": 1e2 } '
 
-    async with passing(ollama, ollama_url, plugins) as client:
-        for path in ASKS:
-            await client.post(path, content=body)
-        await client.post("/api/generate", content=b'{ "model": "demo" }')
+    asked = await passes(house, [(path, body) for path in ASKS])
+    [loaded] = await passes(house, [("/api/generate", b'{ "model": "demo" }')])
 
-    *asked, loaded = [asked.body for asked in ollama.asked]
-    assert set(asked) == {'{"model":"max","prompt":"ä","n":100.0}'.encode()}
-    assert loaded == b'{"model":"demo"}'
-
-
-@pytest.mark.parametrize("path", OTHERS)
-async def test_where_the_model_is_not_the_one_that_is_asked_every_guard_is(
-    ollama: FakeOllama, ollama_url: str, plugins: Path, path: str
-) -> None:
-    write_guard(plugins, models=["demo"])
-
-    async with running(ollama_url, plugins) as client:
-        answer = await client.post(path, json={"model": "new", "from": "demo", "system": "x"})
-
-    assert got(answer) == refusal(path) and ollama.asked == []
+    assert {each.body for each in asked} == {'{"model":"max","prompt":"ä","n":100.0}'.encode()}
+    assert loaded.body == b'{"model":"demo"}'
 
 
 EXEMPT = ["/api/embed", "/api/blobs/"]
 OPEN = ["/api/embed", "/api/embed?x=y", "/api/%65mbed", "/api/blobs/sha256:00"]
-CLOSED = ["/api/embeddings", "/api/embed/", "/api/embed/%2e%2e/create", "//api/embed",
-          "/api/generate", "/api/blobs/%2e%2e/create", "/api/blobs%2F..%2Fcreate", "/API/embed",
-          "/v1/embeddings"]  # fmt: skip
+CLOSED = (
+    "/api/embeddings /api/embed/ /api/embed/%2e%2e/create //api/embed /api/generate /API/embed"
+    " /api/blobs/%2e%2e/create /api/blobs%2F..%2Fcreate /v1/embeddings"
+).split()
 
 
-@pytest.mark.parametrize("code", [ASKS_CODE, "raise RuntimeError"])
+@pytest.mark.parametrize("code", [ASKS_CODE, FAILS])
 async def test_a_guard_may_exempt_paths_whose_bodies_then_pass_as_they_are(
-    ollama: FakeOllama, ollama_url: str, plugins: Path, code: str
+    house: House, code: str
 ) -> None:
-    write_guard(plugins, code, exempt=EXEMPT)
+    write_guard(house, code, exempt=EXEMPT)
     body = b'{"input":"x","input":[],"Model":NaN}'
+    opened = [(path, body) for path in OPEN]
 
-    async with passing(ollama, ollama_url, plugins) as client:
-        for path in OPEN:
-            await client.post(path, content=body)
-    assert [asked.body for asked in ollama.asked] == [body] * len(OPEN)
-    async with running(ollama_url, plugins) as client:
-        for path in CLOSED:
-            assert (await client.post(path, content=body)).status_code == 403, path
+    assert [each.body for each in await passes(house, opened)] == [body] * len(OPEN)
+    closed = await answers(house, [(path, body) for path in CLOSED])
+    write_agent(house.plugins, "second", ASKS_CODE, always=True, on_error="abort")
+    closed += await answers(house, opened)
 
-    write_agent(plugins, "second", ASKS_CODE, always=True, on_error="abort")
-    async with running(ollama_url, plugins) as client:
-        for path in OPEN:
-            assert (await client.post(path, content=body)).status_code == 403, path
-    assert len(ollama.asked) == len(OPEN)
+    assert {answer.status_code for answer in closed} == {403}
+    assert len(house.ollama.asked) == len(OPEN)
 
 
-@pytest.mark.parametrize("method", ["PUT", "PATCH", "PROPFIND", "TRACE"])
-async def test_no_other_method_passes_a_guard(
-    ollama: FakeOllama, ollama_url: str, plugins: Path, method: str
-) -> None:
-    write_guard(plugins)
+async def test_a_refusal_names_the_cure(house: House) -> None:
+    write_guard(house)
+    calls = [("/api/embed", {"model": "demo", "input": "x"}), ("/api/chat", b"\xff")]
 
-    async with running(ollama_url, plugins) as client:
-        answer = await client.request(method, "/api/later", content=PLAIN)
-
-    assert got(answer) == refusal("/api/later") and ollama.asked == []
-
-
-async def test_a_refusal_names_the_cure(ollama_url: str, plugins: Path) -> None:
-    write_guard(plugins)
-
-    async with running(ollama_url, plugins) as client:
-        embed = await client.post("/api/embed", json={"model": "demo", "input": "x"})
-        chat = await client.post("/api/chat", content=b"\xff")
+    embed, chat = [answer.json()["error"] for answer in await answers(house, calls)]
 
     cure = 'exempt = ["/api/embed"] under [agents.privacy] in osp.toml'
-    assert embed.json()["error"].endswith(f"use a chat endpoint, or allow this path: {cure}")
-    assert chat.json()["error"].endswith("send a chat in plain JSON, without logprobs or a format")
+    assert embed.endswith(f"use a chat endpoint, or allow this path: {cure}")
+    assert chat.endswith("send a chat in plain JSON, without logprobs or a format")
 
 
-@pytest.mark.parametrize("path", CHATS)
 async def test_an_agent_that_changes_the_model_does_not_lead_around_its_guard(
-    ollama: FakeOllama, ollama_url: str, plugins: Path, path: str
+    house: House,
 ) -> None:
-    write_guard(plugins, models=["demo"])
-    code = """
-    class Route(BaseAgent):
-        async def on_request(self, payload):
-            return payload | {"model": "demo"}
-    """
-    write_agent(plugins, "route", code)
-    ollama.answers(line("a"), done())
+    write_guard(house, models=["demo"])
+    house.add("route", "payload = payload | {'model': 'demo'}")
 
-    async with running(ollama_url, plugins) as client:
-        answer = await client.post(path, json=turn("/route x") | {"model": "other"})
-
-    assert got(answer) == refusal(path)
-    assert ollama.asked == []
+    calls = [(path, turn("/route x") | {"model": "other"}) for path in CHATS]
+    await refuses(house, calls)

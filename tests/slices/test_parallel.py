@@ -79,33 +79,25 @@ async def test_text_is_put_before_what_the_user_typed_and_images_stay(
     assert house.sent == ([["a\n\nb\n\n"]] if path == CHAT else [[content] for content in more])
 
 
-ALONE = [
+CHANGES = [
     "payload['model'] = 'other'",
     "payload['options']['seed'] = 2",
     "payload['tools'] = []",
     "del payload['options']",
-    "payload['messages'][1]['content'] = 'changed'",
     "payload['messages'][1]['content'] = 'A one'",
     "payload['messages'].insert(2, {'role': 'tool', 'content': 'A'})",
     "payload['messages'].insert(0, {'role': 'user', 'content': 'A'})",
     "payload['messages'].append({'role': 'system', 'content': 'A'})",
     "set_prompt(payload, prompt(payload) + ' after')",
-    "set_prompt(payload, 'other')",
-    "set_prompt(payload, 'A ' + prompt(payload) + ' A')",
     "del payload['messages'][0]",
-    "payload['messages'].reverse()",
     "payload['messages'][-1]['images'] = ['aGk=']",
     "payload['messages'][-1]['role'] = 'system'",
     "add_system(payload, 'A')['model'] = 'other'",
-    "payload['messages'][-1]['content'] = 5",
-    "raise Reply('mine')",
-    "raise ValueError('secret')",
-    "return None",
-    "await asyncio.Event().wait()",
 ]
+FAILS = ["raise Reply('mine')", "return None", "await asyncio.Event().wait()"]
 
 
-@pytest.mark.parametrize("code", ALONE)
+@pytest.mark.parametrize("code", CHANGES + FAILS)
 async def test_what_cannot_be_merged_is_its_own_failure_and_the_others_stay(
     house: House, code: str, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -120,7 +112,7 @@ async def test_what_cannot_be_merged_is_its_own_failure_and_the_others_stay(
     assert house.sent == [["s", "one", "two", "a\n\nb\n\nx"]]
     assert house.ollama.asked[0].json["options"] == {"seed": 1}
     (fields,) = (vars(r)["fields"] for r in caplog.records if r.message == "agent failed")
-    if ALONE.index(code) < 17:
+    if code in CHANGES:
         assert "agents joined by & may only add system messages" in fields["error"]
     assert ("type a space instead" in fields["error"]) == ("Reply" in code)
 
