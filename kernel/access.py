@@ -151,4 +151,5 @@ def is_mine(name: str) -> bool:
 
 def is_loopback(listener: socket.socket) -> bool:
     """Tell whether only this machine can connect to a socket, whatever the setting's text was."""
-    return ipaddress.ip_address(listener.getsockname()[0]).is_loopback
+    address = ipaddress.ip_address(listener.getsockname()[0])
+    return (getattr(address, "ipv4_mapped", None) or address).is_loopback

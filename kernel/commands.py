@@ -72,6 +72,7 @@ class Grammar:
         value = f"(?:{KEY}{GAP}[=＝](?:{GAP}(?!{sign}))?+)?+(?:{QUOTED}|{plain})"
         arguments = f"{colon}(?P<arguments>{value}(?:{comma}{value}){{0,{MOST - 1}}}+)"
         end = rf"(?P<join>{join})|{BLANK}++|\Z"
+        self._begins = re.compile(f"{BLANK}*+{sign}")
         self._command = re.compile(f"{BLANK}*+{word}(?:{arguments})?+(?:{end})")
         self._literal = re.compile(f"{BLANK}*+{sign}(?={word}(?:[:：]|{end}))")
 
@@ -81,6 +82,8 @@ class Grammar:
         A text without commands comes back unchanged; a literal loses one sign. `explain` is listed
         where another command follows it. `help` stands alone; its arguments are an agent or "".
         """
+        if not self._begins.match(text):  # most texts do not
+            return [], text
         found = self._command.match(text)
         if found and fold(found["name"]) == HELP:
             about = fold(f"{found['arguments'] or ''} {text[found.end() :]}").strip()

@@ -192,6 +192,7 @@ class Cycle:
             fields = {"error": type(exc).__name__, "stack": traceback.format_tb(exc.__traceback__)}
             logger.error("request failed", extra={"fields": fields})
             status = 500
+        del self.request.scope  # the app leaves there what refers to this object
         if not self._over:
             self.protocol.fail(http1.Refused(status))
 

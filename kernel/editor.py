@@ -51,7 +51,7 @@ class Stage:
 
     async def _call(self, hook: str, *args: str, otherwise: str) -> str:
         """Return the hook's text; after a failure text goes on unedited. Raises Aborted."""
-        if not self.run.has(hook):
+        if hook not in self.run.plugin.hooks:
             return otherwise
         try:
             return await self.run.call(hook, *args, accept=text_only, may_reply=False)

@@ -46,6 +46,10 @@ class HookRunner:
     def __init__(self, plugin: Plugin, limit: float) -> None:
         self.plugin = plugin
         self.clock = Clock(limit)
+        self.loop = asyncio.get_running_loop()
+        # asyncio's debug mode logs the name of a task that blocks; an eager one has its caller's.
+        debug: dict[str, Any] = {"name": f"agent {plugin.name}"}
+        self._how = {"loop": self.loop, **(debug if self.loop.get_debug() else EAGER)}
 
     async def run(
         self, owner: object, name: str, args: Args = (), accept: Accept[Any] = lambda it: it
@@ -56,10 +60,7 @@ class HookRunner:
         that a hook can do.
         """
         self.clock.restart()
-        loop = asyncio.get_running_loop()
-        # asyncio's debug mode logs the name of a task that blocks; an eager one has its caller's.
-        how: dict[str, Any] = {"name": f"agent {self.plugin.name}"} if loop.get_debug() else EAGER
-        task = asyncio.Task(self._attempt(owner, name, args, accept), loop=loop, **how)
+        task = asyncio.Task(self._attempt(owner, name, args, accept), **self._how)
         if not task.done():
             await self._wait(task)
         if self.clock.left() <= 0:
@@ -103,8 +104,7 @@ class HookRunner:
             return None, meaning(exc)
 
     async def _in_thread(self, work: Callable[[], Any]) -> Any:
-        loop = asyncio.get_running_loop()
-        done: asyncio.Future[tuple[Any, BaseException | None]] = loop.create_future()
+        done: asyncio.Future[tuple[Any, BaseException | None]] = self.loop.create_future()
 
         def run() -> None:
             outcome: tuple[Any, BaseException | None]
@@ -113,7 +113,7 @@ class HookRunner:
             except BaseException as exc:  # belongs to the hook's task, not to this thread
                 outcome = None, exc
             with suppress(RuntimeError):  # the loop was closed meanwhile
-                loop.call_soon_threadsafe(finish, outcome)
+                self.loop.call_soon_threadsafe(finish, outcome)
 
         def finish(outcome: tuple[Any, BaseException | None]) -> None:
             self.plugin.places.release()

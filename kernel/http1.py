@@ -117,7 +117,7 @@ def read_head(data: bytes, client: object) -> Request:
 
 
 def read_fields(text: bytes) -> tuple[Headers, dict[bytes, bytes]]:
-    """Return all headers, with their names in lower case, and those that are DECISIVE, one a line."""
+    """Return all headers, with their names in lower case, and DECISIVE ones, one a line."""
     headers: Headers = []
     fields: dict[bytes, bytes] = {}
     for line in text.split(b"\n")[:-2]:

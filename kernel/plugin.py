@@ -92,11 +92,11 @@ class Plugin:
         assert self.agent is not None
         shared = vars(self.agent)
         copies: dict[int, Any] = {}
+        # One that was replaced later is the same for all requests.
         own = {
             name: fresh(found[0], copies)
             for name, found in self.own.items()
-            if shared.get(name, found[0])
-            is found[0]  # else it was replaced later, for all requests
+            if shared.get(name, found[0]) is found[0]
         }
         agent = object.__new__(type(self.agent))
         vars(agent).update({**shared, **own, "context": context, "arguments": arguments})

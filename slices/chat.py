@@ -121,8 +121,7 @@ class Chat:
         finally:
             if turn:
                 info(scope).agents = turn.summary()
-                for run in turn.runs + turn.inner:
-                    run.count()
+                turn.close()
 
     # 1. What does the request ask for?
 
@@ -459,6 +458,13 @@ class Turn:
         """Let no response hook run from here on."""
         for run in self.runs:
             run.due = False
+
+    def close(self) -> None:
+        """Count the runs, and let go of them: each refers to this turn, by way of its context."""
+        for run in self.runs + self.inner:
+            run.count()
+            run.waiting = None
+        self.runs, self.inner = [], []
 
     def enlist(
         self, plugin: Plugin, arguments: Payload, command: Command | None, always: list[Plugin]

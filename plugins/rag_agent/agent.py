@@ -81,7 +81,8 @@ class Rag(BaseAgent):
 
     @property
     def progress(self) -> str:  # type: ignore[override]
-        return "; ".join(filter(None, (self.follower.state, self.vectors.state)))
+        where = ", ".join(map(str, self.folders.values()))
+        return f"{where}: {'; '.join(filter(None, (self.follower.state, self.vectors.state)))}"
 
     async def on_request(self, payload: Payload) -> Payload:
         without_sources(payload)

@@ -70,7 +70,7 @@ def test_every_passage_gets_a_vector(http: httpx.Client, searching: str) -> None
     listed = http.get(f"{searching}/plugins").json()["plugins"]
 
     [progress] = [plugin["progress"] for plugin in listed if plugin["name"] == "rag"]
-    assert progress == "2 files, 2 passages; 2 of 2 passages have vectors"
+    assert progress.endswith(": 2 files, 2 passages; 2 of 2 passages have vectors")
 
 
 @pytest.mark.parametrize("path", CHATS)

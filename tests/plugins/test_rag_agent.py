@@ -518,7 +518,7 @@ async def test_the_folder_is_followed(rag: Rag, notes: Path, tmp_path: Path) -> 
     async with loaded(tmp_path) as again:
         await ask(again, "otter")
         assert rows(tmp_path, "SELECT name, id FROM files") == ids  # not read again
-        assert again.progress == "2 files, 3 passages"
+        assert again.progress == f"{notes}: 2 files, 3 passages"
 
 
 async def test_two_proxies_with_two_folders_have_two_indexes(rag: Rag, tmp_path: Path) -> None:
@@ -539,7 +539,7 @@ async def test_while_the_folder_is_read_a_question_uses_what_there_is(
         db.execute("BEGIN IMMEDIATE")  # what writes waits until this is closed
         async with loaded(tmp_path, wait=0.1) as late:  # setup does not wait for the folder
             found, missing = await ask(late, "rain barrel", k=1), await ask(late, "otter")
-            assert late.progress == "1 of 3 files are still to be read"
+            assert late.progress == f"{notes}: 1 of 3 files are still to be read"
             db.close()
             deadline = time.monotonic() + 20
             while "late.txt" not in await sources(late, "otter"):
@@ -563,7 +563,7 @@ async def test_a_folder_that_goes_away_is_found_as_it_was_until_it_is_back(
         write(notes / "zoo.md", "A quokka moved in.")
 
         assert await sources(rag, "quokka") == ["zoo.md"]
-        assert rag.progress == "3 files, 4 passages"
+        assert rag.progress == f"{notes}: 3 files, 4 passages"
     assert caplog.text.count("folder is not followed") == 1
     assert "rag" not in [thread.name for thread in threading.enumerate()]
 
@@ -598,7 +598,7 @@ async def test_what_cannot_be_read_is_left_out_with_the_reason(
     reasons = dict(re.findall(r"file is left out: (.+?): (.+)", caplog.text))
     assert reasons["k\ufffdse.txt"] == "has more than 1000 bytes"
     assert reasons["rubbish.md"] == "is not text" and "is broken" in reasons["broken.pdf"]
-    start = "3 files, 4 passages, encoding guessed: pets.txt (cp1251), left out: "
+    start = f"{notes}: 3 files, 4 passages, encoding guessed: pets.txt (cp1251), left out: "
     assert progress.startswith(start) and "rubbish.md (is not text)" in progress
 
 
@@ -774,7 +774,7 @@ async def test_with_an_embedding_model_other_words_of_that_meaning_are_found(
     for _ in range(2):
         async with loaded(tmp_path, embed_model="brain") as rag:
             assert await sources(rag, "cask", k=1, model=brain) == [MAY]
-            assert rag.progress == "2 files, 3 passages; 3 of 3 passages have vectors"
+            assert rag.progress == f"{notes}: 2 files, 3 passages; 3 of 3 passages have vectors"
     stored = [array("f", data) for (data,) in rows(tmp_path, "SELECT vector FROM vectors")]
 
     assert f"{MAY}\nWe decided to buy a rain barrel." in brain.asked[0]

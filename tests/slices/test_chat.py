@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 from typing import Any
 
@@ -245,3 +246,23 @@ async def test_a_command_alone_is_answered_with_help_unless_something_fills_the_
 
     filled, shown = house.sent[-2:]
     assert filled == ["filled"] and shown == (["filled"] if always else [""])
+
+
+@pytest.mark.parametrize("prompt", ["q", "/shout /tells q", "/help"])
+async def test_a_request_leaves_nothing_that_only_the_garbage_collector_would_free(
+    agents: House, prompt: str
+) -> None:
+    agents.ollama.says("/api/chat", "a", "b")
+    gc.collect()
+    gc.set_debug(gc.DEBUG_SAVEALL)
+    try:
+        async with agents.open() as client:
+            for _ in range(3):
+                await client.post("/api/chat", json=chat("/api/chat", prompt, stream=True))
+            gc.collect()
+            left = {type(thing) for thing in gc.garbage}
+    finally:
+        gc.set_debug(0)
+        gc.garbage.clear()
+
+    assert [kind for kind in left if kind.__module__.startswith(("kernel", "slices"))] == []
