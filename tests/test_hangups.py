@@ -219,6 +219,7 @@ async def test_leaving_in_a_request_hook_cancels_it_closes_what_it_asks_and_star
         await until(lambda: log.said and upstream.open == BEFORE[agent])
 
     await is_left(house, log, upstream, path)
+    await until(lambda: len(log.said) > 1)  # it is told when the request has ended already
     assert log.said == ["began", "cancelled"]
     assert upstream.arrived == BEFORE[agent]
 
@@ -245,4 +246,5 @@ async def test_leaving_in_a_response_hook_cancels_it_closes_all_and_starts_no_ot
 
     await is_left(house, log, asked, path)
     await is_left(house, log, answered, path)
+    await until(lambda: len(log.said) > 1)  # it is told when the request has ended already
     assert log.said == ["began", "cancelled"]
