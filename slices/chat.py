@@ -53,7 +53,7 @@ from kernel.connection import Answer, Headers
 from kernel.dialects import Dialect
 from kernel.dialects.every import DIALECTS
 from kernel.editor import Editor, Stage
-from kernel.guards import is_loading
+from kernel.guards import NO_TEXT, is_loading
 from kernel.hooks import Run, wrong
 from kernel.log import info
 from kernel.metrics import Metrics
@@ -65,7 +65,6 @@ logger = logging.getLogger(__name__)
 
 AGENTS = b"x-osp-agents"
 REPLACED = (b"content-length", b"accept-encoding")  # they no longer fit when the body has changed
-SAFE = ("GET", "HEAD", "DELETE", "OPTIONS")  # they carry no text
 ALONE = "agents joined by & may only add system messages, and text before the prompt"
 PAUSE = 0.2  # seconds behind its head after which a stream's own head does not wait for a frame
 LONGEST = 300  # characters that /explain shows of a value without text: an image, say
@@ -131,7 +130,7 @@ class Chat:
         Raises BadRequest for an unknown agent or a wrong argument in header or preset, and
         NotAllowed where a guard would not see the whole request.
         """
-        if scope["method"] in SAFE:
+        if scope["method"] in NO_TEXT:
             return None
         body, guarded = None, bool(self.registry.guards(None))
         if scope["method"] == "POST" and not info(scope).foreign:
@@ -200,9 +199,8 @@ class Chat:
 
     def may_edit(self, request: Payload, plugin: Plugin | None = None) -> bool:
         """Tell whether the answer stays true when its text changes, by a plugin that can say so."""
-        structured = self.dialect.is_structured(request) and not (
-            plugin and plugin.config.structured
-        )
+        keeps_json = plugin is not None and plugin.config.structured
+        structured = self.dialect.is_structured(request) and not keeps_json
         return not (structured or request.get("logprobs") or request.get("top_logprobs"))
 
     def turn(

@@ -35,7 +35,7 @@ class Follower:
 
     def __init__(self, file: Path, folders: Mapping[str, Path], max_file: int) -> None:
         self.file, self.folders, self.max_file = file, folders, max_file
-        self.state = ""  # how far it is, for a person to read
+        self.state = "being read"  # how far it is, for a person to read
         self.unread = 1  # files that are still to be read, as far as is known
         self._waiting: list[threading.Event] = []  # of the questions that want a look
         self._wake, self._stopped = threading.Event(), False

@@ -126,7 +126,7 @@ def set_apart(url: str, models: Path, *names: str) -> None:
     end = time.monotonic() + START
     while not {*names} <= {m["name"] for m in httpx.get(f"{url}/api/tags").json()["models"]}:
         assert time.monotonic() < end, f"Ollama does not list {names}"
-        time.sleep(0.02)
+        time.sleep(0.02)  # between two looks; nothing tells us when a list changes
     manifests = [path for path in models.glob("manifests/**/*") if path.is_file()]
     for number, path in enumerate(sorted(manifests)):
         os.utime(path, (number * 60, number * 60))

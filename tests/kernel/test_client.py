@@ -92,6 +92,7 @@ async def test_a_name_with_several_addresses_is_reached_at_the_first_that_answer
         async def two_addresses(*_: object, **__: object) -> list[tuple[Any, ...]]:
             return [(2, 1, 6, "", (host, port)) for host in (hosts[first], "127.0.0.1")]
 
+        # No name that every machine knows has two addresses.
         monkeypatch.setattr(asyncio.get_running_loop(), "getaddrinfo", two_addresses)
         async with upstream(answers, port=port):
             async with OllamaClient(Upstream("http", "two", port), 5.0) as client:

@@ -28,7 +28,7 @@ PRESETS = {
 def agents(house: House) -> House:
     house.add("a b c d", MARK, arguments=ARGUMENTS)
     house.add("off", MARK, enabled=False)
-    write_agent(house.plugins, "broken", "raise RuntimeError('key 4711')")
+    write_agent(house.plugins, "broken", "raise RuntimeError('key HUSH')")
     return house
 
 
@@ -83,7 +83,7 @@ async def test_what_a_program_asks_for_wrongly_is_a_400_that_says_what_is_right(
 
     error = answer.json()["error"]
     assert str(error if path == CHAT else error["message"]).startswith(complaint)
-    assert answer.status_code == 400 and "4711" not in answer.text and agents.sent == []
+    assert answer.status_code == 400 and "HUSH" not in answer.text and agents.sent == []
 
 
 @pytest.mark.parametrize("path", PATHS)
@@ -103,7 +103,7 @@ async def test_what_a_person_types_wrongly_is_an_answer_even_beside_a_preset(
         for typed, text in expected.items():
             answer = await agents.post(client, path, typed, model="again", stream=stream)
             assert answer.status_code == 200 and said(answer.content).startswith(text)
-            assert "4711" not in answer.text and outcomes(answer) == ""
+            assert "HUSH" not in answer.text and outcomes(answer) == ""
 
     assert agents.sent == []
 
