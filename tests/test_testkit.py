@@ -80,7 +80,7 @@ def test_each_user_is_told_from_the_others_and_files_stay_in_data_dir(
         async def on_request(self, payload):
             file = self.data_dir / "users"
             users = {*file.read_text().split(), self.context.user} if file.exists() else {"?"}
-            file.write_text(" ".join(users))
+            file.write_text(" ".join(sorted(users)))
             return payload
         async def on_response(self, response):
             return (self.data_dir / "users").read_text()
