@@ -27,6 +27,9 @@ from kernel.text import telling_words as telling_words
 
 Payload = dict[str, Any]  # a chat: "model", "messages", and every other key as the client sent it
 Message = dict[str, Any]  # {"role", "content"}; the content is text or a list of parts
+# {"name", "description"?, "parameters"?: a JSON schema, "consent"?: true asks the user first}
+Tool = dict[str, Any]
+Call = dict[str, Any]  # {"id", "name", "arguments": {}, "agent": whose tool, "" is the client's}
 
 
 class BaseAgent:
@@ -38,6 +41,7 @@ class BaseAgent:
     innermost: bool = False  # runs last on the request and first on the answer (a cache)
     last: bool = False  # runs after all others in both directions, but for innermost ones (redact)
     progress: str = ""  # a status line for GET /plugins; set it in setup()
+    tools: list[Tool] = []  # offered to the model in this request; set it here or in on_request()
     _data_dir: Path
 
     @property
@@ -64,6 +68,21 @@ class BaseAgent:
     async def on_end(self) -> str:
         """Return what was held back, or what belongs under the answer."""
         return ""
+
+    async def on_tool(self, name: str, arguments: dict[str, Any]) -> str | list[Message]:
+        """Return the result of one of `self.tools`, which the model called.
+
+        It is text, or a list of MCP's contents: {"type": "text", "text"} and {"type": "image",
+        "data" in base64, "mimeType"}. An exception is told to the model, by its type and its text.
+        """
+        raise NotImplementedError(name)
+
+    async def on_calls(self, calls: list[Call]) -> list[Call]:
+        """Change the calls of a round before they are made, the client's own ones too.
+
+        One that is missing from what you return is refused; the model is told so.
+        """
+        return calls
 
     async def teardown(self) -> None:
         """Close what `setup` opened; called once, when the proxy stops."""

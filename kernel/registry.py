@@ -30,7 +30,7 @@ from kernel.plugin import Plugin, owned, scan
 logger = logging.getLogger(__name__)
 
 CHAT = "send a chat in plain JSON, without logprobs or a format"
-HOOKS = ("on_request", "on_response", "on_chunk", "on_end")
+HOOKS = ("on_request", "on_response", "on_chunk", "on_end", "on_tool", "on_calls")
 
 
 class PluginRegistry:
