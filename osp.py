@@ -55,6 +55,7 @@ from kernel.presets import Presets
 from kernel.registry import PluginRegistry
 from kernel.reload import Reloader
 from kernel.server import SETTINGS, Paths, Server, check_loop, listen, url_of
+from kernel.tools import Consent
 from slices import chat, embeddings, generate, health, metrics, passthrough, plugins, tags
 
 logger = logging.getLogger("osp")
@@ -83,6 +84,7 @@ def create_app(
     presets = Presets(config.presets, config.server.data)
     limit = config.server.max_body
     guards = Guards(registry, limit, presets=presets)
+    consent = Consent(config.server.data, config.commands.prefix)
 
     @asynccontextmanager
     async def lifespan(app: object) -> AsyncIterator[None]:
@@ -97,7 +99,7 @@ def create_app(
         *metrics.routes(collector),
     ]
     routes = [
-        *chats(client, registry, config.chain, config.commands),
+        *chats(client, registry, config.chain, config.commands, consent),
         *generate.routes(client, guards),
         *embeddings.routes(client, guards),
         *tags.routes(client, guards),

@@ -6,6 +6,7 @@
     /rag&/remember what colour?       agents at the same time
     /explain /rag what?               shows the request; the model is not asked
     /help, /help rag                  answered by the proxy; counts only as the whole text
+    /yes                              behind a question of the proxy: makes the calls it shows
     //rag                             the text "/rag"
 
 Only a known name is a command: `/etc/passwd` and `/shrug` are text. The header `X-OSP-Agents` and
@@ -25,7 +26,7 @@ from kernel.config import WORDS
 from kernel.errors import BadRequest
 from kernel.plugin import Plugin
 
-EXPLAIN, HELP = "explain", "help"
+EXPLAIN, HELP, YES = "explain", "help", "yes"
 MOST = 16  # commands of one text, and values of one command
 LETTERS = "abcdefghijklmnopqrstuvwxyz0123456789_-"
 LIMIT = 10**18  # of numbers, that databases can hold them
@@ -112,6 +113,12 @@ class Grammar:
             if not (joined or explain):
                 count, end = len(commands), at
         return commands[:count], end
+
+    def agrees(self, text: str) -> bool:
+        """Tell whether a text says yes, and nothing else."""
+        found = self._command.match(text)
+        word = found["name"] if found and not text[found.end("name") :].strip() else ""
+        return fold(word) == YES
 
     def near(self, text: str) -> str | None:
         """Return the command that a text's first word misses by one letter, or None.

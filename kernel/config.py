@@ -118,6 +118,7 @@ class CommandsConfig:
 @dataclass(frozen=True, slots=True)
 class ChainConfig:
     timeout: Seconds = 30.0  # per hook; the clock stands still while the hook asks the model
+    rounds: Size = 5  # of calls of tools, in one answer
     notice: bool = True  # a line under the answer when an agent that was asked for failed
 
 

@@ -9,7 +9,7 @@ frame. Thinking, tool calls, usage and unknown keys are never touched.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 from kernel.agent import Payload
 from kernel.dialects import AnswerState, Chunk, Dialect
@@ -60,30 +60,36 @@ class Stage:
 
 
 class Editor:
-    """Edits the frames of one answer; `notice` gives a line for the end of the text, or ""."""
+    """Edits the frames of one answer.
+
+    `notice(said)` gives what the proxy itself adds at the end, or ""; `said`: the answer has text.
+    `hidden` are the names of tools that the client does not know.
+    """
 
     def __init__(
         self,
         dialect: Dialect,
         stages: Sequence[Stage],
         asked: Payload,
-        notice: Callable[[], str],
+        notice: Callable[[bool], str],
         *,
         whole: bool,
+        hidden: Iterable[str] = (),
     ) -> None:
         self._dialect = dialect
         self._stages = stages
         self._notice = notice
         self.whole = whole
         self.guarded = any(stage.run.plugin.is_guard for stage in stages)
-        self._state = AnswerState(asked)
+        self._state = AnswerState(asked, frozenset(hidden))
+        self._open = False  # the last text may go on
         self._closing: list[tuple[bytes, Chunk]] = []  # they wait for how the answer finished
         self._broken = False  # an error frame was seen: the rest passes unchanged
 
     @property
     def is_idle(self) -> bool:
         """Nothing would be edited."""
-        return not (self._stages or self._notice() or self._dialect.echoes)
+        return not (self._stages or self._notice(True) or self._dialect.echoes)
 
     async def edit(self, frame: bytes) -> list[bytes]:
         """Return the frames that take the place of `frame`."""
@@ -110,12 +116,12 @@ class Editor:
                 logger.info("answer unread", extra={"fields": {"agent": run.plugin.name}})
 
     async def end(self) -> list[bytes]:
-        """Return the frames that belong at the end of the text, once after each text."""
-        return await self._end("")
+        """Return the frames that belong at the end of the text, once."""
+        return await self._end("", None)
 
     async def release(self) -> list[bytes]:
         """Return what is left of an answer that broke off; nothing is added to it."""
-        return await self._end(None)
+        return await self._end(None, None)
 
     async def _edit(self, frame: bytes, chunk: Chunk) -> list[bytes]:
         dialect, last = self._dialect, self._state.last
@@ -128,45 +134,55 @@ class Editor:
         finish, places = dialect.finish(chunk), dialect.places(chunk)
         if self.whole or not frame.endswith(b"\n"):  # nothing comes behind it
             finish = finish or ""
-        ends = self._closing or (finish is not None and not places)
-        ended = await self._end(finish or "") if ends else []
         edited: bytes | None = frame
+        ended: list[bytes] = []
+        if finish is None or places:
+            ended = self._closed()
+        elif not self.whole:
+            ended = await self._end(finish, chunk)
+        elif tail := await self._tail(finish):  # of an answer without a text
+            edited, empty = None, chunk
+            chunk = dialect.whole(dialect.head(self._state.asked), tail)
+            dialect.merge(empty, chunk)
         for holder, key in places:
-            self._state.last = chunk
+            self._state.last, self._open = chunk, True
             old = new = holder[key]
             for stage in self._stages:
                 new = await stage.feed(new)
             if finish is not None and holder is places[-1][0]:
                 new += await self._tail(finish)
-                self._state.last = None
             if new != old:
                 edited = dialect.swap(frame, old, new) if len(places) == 1 else None
                 holder[key] = new
         return [*ended, self._settled(chunk, frame, edited)]
 
-    async def _end(self, finish: str | None) -> list[bytes]:
-        """Close the open text: return a frame with its tail, and those that waited for it."""
-        frames, tail = [], await self._tail(finish)
-        last, self._state.last = self._state.last, None
-        if last and tail:
-            self._state.added += 1
-            chunk = self._dialect.piece(last, tail)
-            chunk = self._dialect.numbered(chunk, self._state.number)
-            self._dialect.settle(chunk, self._state)
-            frames.append(self._dialect.encode(chunk))
-        frames += [self._settled(chunk, frame, frame) for frame, chunk in self._closing]
+    async def _end(self, finish: str | None, before: Chunk | None) -> list[bytes]:
+        """Return frames with the tail of the text, and those that close it; `before`: the end."""
+        state, dialect = self._state, self._dialect
+        last, tail, chunks = state.last, await self._tail(finish), []
+        if tail and last and self._open:
+            state.added += 1
+            chunks = [dialect.numbered(dialect.piece(last, tail), state.number)]
+            dialect.settle(chunks[0], state)
+        elif tail:
+            chunks = dialect.alone(before or last or {}, tail, state)
+        return [*map(dialect.encode, chunks), *self._closed()]
+
+    def _closed(self) -> list[bytes]:
+        """Return the frames that close a text: another one may follow in the same answer."""
+        frames = [self._settled(chunk, frame, frame) for frame, chunk in self._closing]
+        self._open = self._open and not frames
         self._closing.clear()
         return frames
 
     async def _tail(self, finish: str | None) -> str:
-        """Return what the stages add at the end of the open text; None: it broke off."""
-        if self._state.last is None:
-            return ""
+        """Return what the stages and the proxy add at the end of the text; None: it broke off."""
+        said, self._state.last = self._state.last is not None, None
         text, broken = "", finish is None
-        for stage in self._stages:
+        for stage in self._stages if said else ():
             stage.run.context.finish = finish or ""
             text = await stage.feed(text) + await stage.end(broken=broken)
-        return text if broken else text + self._notice()
+        return text if broken else text + self._notice(said)
 
     def _settled(self, chunk: Chunk, frame: bytes, edited: bytes | None) -> bytes:
         """Return `edited`, or where that is not enough the frame with the chunk as it is now."""

@@ -18,10 +18,12 @@ import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import suppress
 from dataclasses import dataclass
-from inspect import CO_COROUTINE, isawaitable
+from inspect import CO_COROUTINE, getattr_static, isawaitable
 from typing import Any, TypeVar
 
-from kernel.agent import BaseAgent, Clock, Reply
+from kernel import tools
+from kernel.agent import BaseAgent, Clock, Reply, Tool
+from kernel.dialects import Result
 from kernel.errors import Aborted, PluginExecutionError
 from kernel.foreign import diagnosis, meaning, plain, safe_text
 from kernel.metrics import Metrics
@@ -175,6 +177,45 @@ class Run(HookRunner):
             raise self._failed(hook, exc) from exc
         finally:
             self.seconds += time.perf_counter() - began
+
+    def tools(self) -> list[Tool]:
+        """Return the tools that the agent offers; none, and that it failed, if they are wrong."""
+        offered = vars(self.agent).get("tools", getattr_static(self.agent, "tools"))
+        try:
+            return tools.checked(plain(offered))
+        except PluginExecutionError as exc:
+            if isinstance(failure := self._failed("tools", exc), Aborted):
+                raise failure from exc
+            return []
+
+    def needs_consent(self, tool: Tool) -> bool:
+        """Tell whether the user is asked before a tool is called."""
+        asks = self.plugin.config.settings.get("ask")
+        return bool(tool.get("consent")) or (isinstance(asks, list) and tool["name"] in asks)
+
+    async def use(self, tool: str, arguments: dict[str, Any]) -> Result:
+        """Return what a tool returns, or how it failed. Raises Aborted."""
+        began, outcome = time.perf_counter(), "ok"
+        self.outcome = self.outcome or "ok"
+        fields = {"agent": self.plugin.name, "tool": tool, "request_id": self.context.request_id}
+        try:
+            result: Result = await self.run(
+                self.agent, "on_tool", (tool, arguments), tools.result_of
+            )
+        except (PluginExecutionError, Reply) as exc:
+            cause = exc.__cause__
+            where, _ = diagnosis(cause, self.plugin.folder)
+            outcome = getattr(exc, "outcome", "error")
+            fields |= {"error": str(exc), "where": where}
+            text = safe_text(lambda: cause) if type(cause).__name__ == str(exc) else ""
+            kind = "TimeoutError: " if outcome == "timeout" else ""
+            result = f"failed: {kind}{exc}{': ' * bool(text)}{text}"
+        seconds = time.perf_counter() - began
+        self.seconds += seconds
+        self.metrics.tool(self.plugin.name, tool, outcome, seconds)
+        fields |= {"outcome": outcome, "ms": round(seconds * 1000)}
+        logger.info("tool called", extra={"fields": fields})
+        return result
 
     def count(self) -> None:
         """Add the run to the metrics; called once, at the end of the request."""

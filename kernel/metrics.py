@@ -21,6 +21,8 @@ HELP = {  # name: (type, text, label)
     "osp_agents_activated_total": ("counter", "Requests in which an agent took part", ("agent",)),
     "osp_agent_failures_total": ("counter", "Hooks that failed", ("agent",)),
     "osp_agent_seconds": ("histogram", "Time spent in an agent's hooks", ("agent",)),
+    "osp_tool_calls_total": ("counter", "Calls of tools", ("agent", "tool", "outcome")),
+    "osp_tool_seconds": ("histogram", "Time until a tool had a result", ("agent",)),
 }
 BOUNDS = (0.005, 0.02, 0.1, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600)  # seconds
 
@@ -30,7 +32,7 @@ PROMPT = (b'"prompt_eval_count":', b'"prompt_tokens":', b'"input_tokens":')
 ANSWER = (b'"eval_count":', b'"completion_tokens":', b'"output_tokens":')
 NUMBER = re.compile(rb"\d{1,15}")
 MODEL = re.compile(rb'"model":"([^"\\]{1,200})"')
-MODELS = 50  # limits the label's values; further models are counted as "other"
+NAMES = 50  # of models, and of tools: further ones are counted as "other"
 
 Row = list[float]  # of a histogram: a count for each bound and for what is longer, and the sum
 
@@ -42,6 +44,7 @@ class Metrics:
         self._counts: dict[tuple[str, ...], int] = defaultdict(int)
         self._rows: dict[tuple[str, str], Row] = defaultdict(lambda: [0.0] * (len(BOUNDS) + 2))
         self._models: set[str] = set()
+        self._tools: set[str] = set()
 
     def request(self, route: str, status: int, seconds: float, first: float) -> None:
         """Count one request; status 0 is one whose client left before an answer."""
@@ -56,9 +59,7 @@ class Metrics:
         if not (model and prompt + answer):
             return
         name = model[1].decode(errors="replace")
-        if len(self._models) < MODELS:
-            self._models.add(name)
-        label = name if name in self._models else "other"
+        label = bounded(self._models, name)
         self._counts["osp_tokens_total", label, "prompt"] += prompt
         self._counts["osp_tokens_total", label, "answer"] += answer
 
@@ -70,6 +71,11 @@ class Metrics:
         self._observe("osp_agent_seconds", agent, seconds)
         if failed:
             self._counts["osp_agent_failures_total", agent] += 1
+
+    def tool(self, agent: str, tool: str, outcome: str, seconds: float) -> None:
+        """Count one call of a tool of an agent; the outcome is ok, error or timeout."""
+        self._counts["osp_tool_calls_total", agent, bounded(self._tools, tool), outcome] += 1
+        self._observe("osp_tool_seconds", agent, seconds)
 
     def agent(self, agent: str) -> dict[str, int]:
         """Return one agent's counts, for `GET /plugins`."""
@@ -97,6 +103,13 @@ class Metrics:
             for (of, value), row in self._rows.items():
                 if of == name:
                     yield from histogram(name, pairs(labels, [value]), row)
+
+
+def bounded(known: set[str], name: str) -> str:
+    """Return a label's value that is not one too many."""
+    if len(known) < NAMES:
+        known.add(name)
+    return name if name in known else "other"
 
 
 def histogram(name: str, label: str, row: Row) -> Iterator[str]:

@@ -24,7 +24,7 @@ from kernel.config import PluginsConfig, Seconds, Settings, build, convert
 from kernel.dialects import loads
 from kernel.errors import ConfigError, PluginLoadError
 
-RESERVED = ("help", "explain")  # commands that the proxy answers itself
+RESERVED = ("help", "explain", "yes")  # commands that the proxy answers itself
 NAME = re.compile(r"[a-z0-9][a-z0-9_-]*")
 THREADS = 2  # of one plugin at the same time: hooks that hang fill its own places only
 CONTAINERS = (list, dict, set, deque, defaultdict, OrderedDict, Counter)

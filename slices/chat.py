@@ -3,8 +3,9 @@
 A request is **touched** if an agent is in play: always on for its model, or asked for by a preset,
 the header X-OSP-Agents or a command. All other requests go to Ollama as the client's own bytes. A
 touched one is read into a `Turn`; its request hooks run, it is written and sent, and the answer
-goes through the response hooks while it comes (`kernel/editor.py`). Read this file downwards: it is
-the way of a request.
+goes through the response hooks while it comes (`kernel/editor.py`). Where agents offer tools, and
+the model calls them, the request is sent again with what they returned, and the answer goes on
+(`kernel/rounds.py`). Read this file downwards: it is the way of a request.
 """
 
 from __future__ import annotations
@@ -12,16 +13,27 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
-from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Sequence
-from contextlib import aclosing
+from collections.abc import (
+    AsyncGenerator,
+    AsyncIterator,
+    Callable,
+    Collection,
+    Coroutine,
+    Iterable,
+    Iterator,
+    Sequence,
+)
+from contextlib import aclosing, suppress
+from copy import deepcopy
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
 
-from kernel import dialects, errors, relay
+from kernel import client as upstream
+from kernel import dialects, errors, relay, tools
 from kernel.agent import (
     REMINDER,
     RUNNER_FIELDS,
@@ -30,6 +42,7 @@ from kernel.agent import (
     Message,
     Payload,
     Reply,
+    Tool,
     is_user,
     last_user,
     put_before,
@@ -50,7 +63,7 @@ from kernel.commands import (
 )
 from kernel.config import ChainConfig, CommandsConfig
 from kernel.connection import Answer, Headers
-from kernel.dialects import Dialect
+from kernel.dialects import Dialect, Result, ToolCall
 from kernel.dialects.every import DIALECTS
 from kernel.editor import Editor, Stage
 from kernel.guards import NO_TEXT, is_loading
@@ -60,6 +73,8 @@ from kernel.metrics import Metrics
 from kernel.plugin import Plugin
 from kernel.presets import Presets
 from kernel.registry import PluginRegistry, refusal
+from kernel.rounds import Rounds
+from kernel.tools import Consent
 
 logger = logging.getLogger(__name__)
 
@@ -68,6 +83,7 @@ REPLACED = (b"content-length", b"accept-encoding")  # they no longer fit when th
 ALONE = "agents joined by & may only add system messages, and text before the prompt"
 PAUSE = 0.2  # seconds behind its head after which a stream's own head does not wait for a frame
 LONGEST = 300  # characters that /explain shows of a value without text: an image, say
+T = TypeVar("T")
 OLLAMA = Dialect()  # the dialect in which agents ask
 
 Spoken = str | AsyncIterator[str]  # a reply, whole or in pieces
@@ -79,6 +95,7 @@ def routes(
     registry: PluginRegistry,
     chain: ChainConfig,
     commands: CommandsConfig,
+    consent: Consent,
     *,
     metrics: Metrics | None = None,
     presets: Presets | None = None,
@@ -88,7 +105,7 @@ def routes(
     known = registry.plugins.__contains__
     grammars = Grammar(commands.prefix, known), Grammar("/", known)
     parts = client, registry, metrics or Metrics(), presets or Presets({}), *grammars
-    chats = [Chat(dialect, *parts, chain, max_body) for dialect in DIALECTS]
+    chats = [Chat(dialect, *parts, chain, consent, max_body) for dialect in DIALECTS]
     return [Route(chat.dialect.path, chat, name=chat.dialect.path) for chat in chats]
 
 
@@ -104,6 +121,7 @@ class Chat:
     typed: Grammar
     slashes: Grammar  # of the header and of presets
     chain: ChainConfig
+    consent: Consent
     max_body: int
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -154,7 +172,10 @@ class Chat:
         if payload is None:
             return None
         self.check_guards(request)
-        return self.turn(Turn(self, request, payload, scope), header, standing, always)
+        turn = Turn(self, request, payload, scope)
+        waiting = tools.unload(payload["messages"]) if tools.MARK.encode() in (body or b"") else []
+        turn.waiting = [("", call) for call in waiting]
+        return self.turn(turn, header, standing, always)
 
     def parse(self, body: bytes | None, *, strict: bool) -> tuple[Payload, Payload | None]:
         """Return a request and its payload; None: Ollama could interpret it differently than we do.
@@ -207,6 +228,11 @@ class Chat:
         self, turn: Turn, header: list[Command], standing: list[Command], always: list[Plugin]
     ) -> Turn:
         """Fill in who takes part, or what the proxy itself answers; `standing` are the preset's."""
+        try:
+            self.agree(turn)
+        except errors.NotAllowed as exc:
+            turn.say(str(exc))
+            return turn
         typed = self.strip(turn)
         turn.asked = {command.name for command in [*header, *typed]}
         commands = [*header, *standing, *typed]
@@ -218,6 +244,26 @@ class Chat:
         else:
             self.enlist(turn, always, {(c.name, c.arguments) for c in [*header, *standing]})
         return turn
+
+    def agree(self, turn: Turn) -> None:
+        """Where the user says yes to calls that were shown, let those wait, and nothing else.
+
+        The message before then counts as the last one. Raises NotAllowed for calls that were not.
+        """
+        messages, yes = turn.payload["messages"], last_user(turn.payload)
+        if yes is None or not self.typed.agrees(text_of({"content": [typed_part(yes) or {}]})):
+            return
+        before = [message for message in messages if message.get("role") in ("user", "assistant")]
+        asking = before[[m is yes for m in before].index(True) - 1]
+        parts = text_parts(asking)
+        shown = self.consent.given(info(turn.scope).user, parts[-1]["text"]) if parts else None
+        if shown is None or asking["role"] != "assistant":
+            return
+        turn.agreed = True
+        parts[-1]["text"], turn.waiting = shown
+        replace_texts(asking, parts)
+        dropped = [yes] if text_of(asking) else [yes, asking]
+        turn.payload["messages"] = [m for m in messages if all(m is not each for each in dropped)]
 
     def strip(self, turn: Turn) -> list[Command]:
         """Take the commands out of every text of the user; return those of the last message.
@@ -237,7 +283,7 @@ class Chat:
                 part["text"] = rest
             replace_texts(message, parts)
         speaking = [m for m in messages if str(m.get("role")) not in ("system", "developer")]
-        turn.continuation = not speaking or not is_user(speaking[-1])
+        turn.continuation = turn.agreed or not speaking or not is_user(speaking[-1])
         return commands
 
     def enlist(self, turn: Turn, always: list[Plugin], spelled: set[tuple[str, str]]) -> None:
@@ -269,14 +315,17 @@ class Chat:
             await self.prepare(turn)
         if turn.reply is not None:
             return await self.send_reply(turn, turn.reply, send)
+        async with aclosing(await self.request(turn)) as answer:
+            await self.send_answer(turn, answer, send)
+
+    async def request(self, turn: Turn) -> Answer:
+        """Send the payload to Ollama."""
         self.check_model(turn)
         body = dialects.dumps(self.dialect.write(turn.payload, turn.request))
         headers = relay.request_headers(turn.scope, self.client)
         headers = [pair for pair in headers if pair[0] not in REPLACED]
         headers.append((b"accept-encoding", b"identity"))
-        target = relay.target_of(turn.scope)
-        async with aclosing(await self.client.forward("POST", target, headers, body)) as answer:
-            await self.send_answer(turn, answer, send)
+        return await self.client.forward("POST", relay.target_of(turn.scope), headers, body)
 
     async def prepare(self, turn: Turn) -> None:
         """Run the request hooks: they change the payload, or reply. Raises Aborted."""
@@ -290,9 +339,25 @@ class Chat:
                 run.due = run.due and (run.outcome == "ok" or not run.has("on_request"))
         if turn.explain:
             answer = None if turn.reply is None else await said(turn.reply)
-            turn.say(await asyncio.to_thread(explanation, trace, turn.payload, answer))
+            turn.say(await asyncio.to_thread(explanation, trace, turn, answer))
         elif turn.reply is None and turn.commands and is_bare(turn.payload):
             turn.say(self.help(turn.commands[0].name))
+        elif turn.reply is None and turn.waiting and turn.continuation:
+            await self.resume(turn)
+
+    async def resume(self, turn: Turn) -> None:
+        """Make the calls that wait since the answer before, or ask the user whether to."""
+        for agent, call in turn.waiting:
+            run, _ = turn.tools.get(call.name, (None, None))
+            if run is None or agent not in ("", run.plugin.name):
+                call.name = f"{agent} {call.name}".strip()  # which no tool is called
+        calls = await judge(turn, [call for _, call in turn.waiting])
+        if question := turn.question_about(calls):
+            return turn.say(question)
+        results = await use(turn, calls)
+        said = self.dialect.spoken("", "", [call for call, _ in results])
+        turn.payload["messages"] += said + self.dialect.results(results)
+        turn.payload = await run_again(turn)
 
     def check_model(self, turn: Turn) -> None:
         """Raise NotAllowed where an agent chose a model whose guard has not seen the request."""
@@ -309,13 +374,49 @@ class Chat:
         is_zipped = bool(answer.header(b"content-encoding"))
         if answer.status == 200 and is_zipped:
             editor.unread()
-        if answer.status != 200 or is_zipped or editor.is_idle:
+        if answer.status != 200 or is_zipped or (editor.is_idle and not turn.sees_calls):
             return await relay.relay(answer, turn.scope, send, turn.headers())
-        batches = whole_of(answer) if editor.whole else frames_of(answer, self.dialect)
+        batches = frames_of(answer, self.dialect, whole=editor.whole)
+        if turn.sees_calls:
+            batches = self.rounds(turn, answer, whole=editor.whole)
         headers = [p for p in relay.response_headers(answer) if p[0] != b"content-length"]
         info(turn.scope).relayed = True
         flows = not (editor.guarded or await answer.arrives(PAUSE))
-        await self.send(turn, editor, headers, batches, send, flows=flows)
+        async with aclosing(batches):
+            await self.send(turn, editor, headers, batches, send, flows=flows)
+
+    async def rounds(
+        self, turn: Turn, answer: Answer, *, whole: bool
+    ) -> AsyncGenerator[list[bytes]]:
+        """Yield the frames of the answer, and of those that follow when tools were called.
+
+        In the last round that may be, the model has none of our tools.
+        """
+        joint = Rounds(self.dialect, whole=whole)
+        for left in range(self.chain.rounds, -1, -1):
+            async with aclosing(answer):
+                async for batch in frames_of(answer, self.dialect, whole=whole):
+                    yield [each for frame in batch for each in joint.take(frame)]
+            calls = await judge(turn, joint.calls.values())
+            ours = [call for call in calls if call.name in turn.tools]
+            theirs = [call for call in calls if call.name not in turn.tools and not call.refused]
+            if theirs:
+                tools.carry(theirs[0], [call for call in ours if not call.refused])
+            if not calls or theirs or not left or not joint.is_complete:
+                break
+            turn.question = turn.question_about(calls)
+            if turn.question:
+                break
+            turn.payload["messages"] += joint.history(await use(turn, calls))
+            if left == 1:
+                turn.withdraw()
+            turn.payload = await run_again(turn)
+            answer = await self.request(turn)
+            if answer.status != 200:
+                text = (await upstream.whole(answer))[:500].decode(errors="replace")
+                raise errors.Aborted(f"Ollama answered {answer.status}: {text}", answer.status)
+            joint.go_on()
+        yield joint.finish(theirs)
 
     async def send_reply(self, turn: Turn, reply: Spoken, send: Send) -> None:
         """Send an answer that no model gave. What the proxy itself says no agent changes."""
@@ -394,8 +495,11 @@ class Chat:
         if texts is not None:
             seen = [text_of(message) for message in inner.payload.pop("messages")]
             return await self.client.ask(path, inner.payload | {"input": seen})
-        answer = await self.client.ask(path, inner.payload)
-        return dialects.loads((await inner.editor().edit(dialects.dumps(answer)))[0])
+        joint = Rounds(OLLAMA, whole=True)
+        frames = joint.take(dialects.dumps(await self.client.ask(path, inner.payload)))
+        calls = await judge(inner, joint.calls.values())
+        frames += joint.finish([call for call in calls if not call.refused])
+        return dialects.loads((await inner.editor().edit(frames[0]))[0])
 
     async def listen(self, turn: Turn, body: Payload) -> AsyncIterator[str]:
         """Ask as `ask` does, and yield the pieces of the text."""
@@ -407,7 +511,7 @@ class Chat:
             return
         editor = inner.editor()
         async with aclosing(await self.client.stream("/api/chat", inner.payload)) as answer:
-            async for frames in frames_of(answer, OLLAMA):
+            async for frames in frames_of(answer, OLLAMA, whole=False):
                 for edited in [each for frame in frames for each in await editor.edit(frame)]:
                     chunk = OLLAMA.parse(edited) or {}
                     if "error" in chunk:
@@ -445,6 +549,11 @@ class Turn:
     continuation: bool = False
     explain: bool = False  # the client wants to see what the agents do
     reply: Spoken | None = None  # an answer without the model
+    tools: dict[str, tuple[Run, Tool]] = field(default_factory=dict)  # offered, by the model's name
+    own_tools: Any = None  # what the request offered without us
+    waiting: list[tuple[str, ToolCall]] = field(default_factory=list)  # agent ("": any) and call
+    agreed: bool = False  # the user said yes to what waits
+    question: str = ""  # whether calls may be made
     state: dict[str, Any] = field(default_factory=dict)  # shared by the agents
 
     def say(self, text: str) -> None:
@@ -462,7 +571,7 @@ class Turn:
         for run in self.runs + self.inner:
             run.count()
             run.waiting = None
-        self.runs, self.inner = [], []
+        self.runs, self.inner, self.tools = [], [], {}
 
     def enlist(
         self, plugin: Plugin, arguments: Payload, command: Command | None, always: list[Plugin]
@@ -494,35 +603,67 @@ class Turn:
         run = Run(plugin, agent, limit, chat.metrics, command is not None, joined)
         self.runs.append(run)
 
-    def responding(self) -> list[Run]:
-        """Return the runs whose response hooks are due, in the order in which text goes through.
+    def offer(self, payload: Payload) -> None:
+        """Add the tools of the agents to a request; the client's keep their names."""
+        given, new = payload.get("tools") or [], []
+        if self.nested or not isinstance(given, list):  # Ollama says what is wrong
+            return
+        taken = {dialects.table(tool.get("function", tool)).get("name") for tool in given}
+        offering = {id(run) for run, _ in self.tools.values()}
+        for run in (run for run in self.runs if run.due and id(run) not in offering):
+            for tool in run.tools():
+                name = tool["name"]
+                while name in taken:
+                    name = f"{run.plugin.name}_{name}"
+                taken.add(name)
+                self.tools[name] = run, tool
+                new.append(tool | {"name": name})
+        if new:
+            self.own_tools = self.own_tools if offering else payload.get("tools")
+            payload["tools"] = [*given, *self.chat.dialect.offer(new)]
 
-        Those with response hooks alone are a pipe, left to right; those with both hooks wrap around
-        it and close in reverse; always-on ones with response hooks alone come behind those.
-        """
+    def withdraw(self) -> None:
+        """Take our tools out of the request."""
+        self.payload.pop("tools", None)
+        self.payload |= {"tools": self.own_tools} if self.own_tools is not None else {}
+
+    @property
+    def sees_calls(self) -> bool:
+        """The calls in the answer concern an agent."""
+        judged = any(run.due and run.has("on_calls") for run in self.runs)
+        return bool(self.tools or (judged and self.payload.get("tools")))
+
+    def question_about(self, calls: Iterable[ToolCall]) -> str:
+        """Return what the user is asked before calls are made, or ""."""
+        agreed, self.agreed = self.agreed, False
+        ours = [(call, *self.tools[call.name]) for call in calls if call.name in self.tools]
+        ours = [(call, run, tool) for call, run, tool in ours if not call.refused]
+        if agreed or not any(run.needs_consent(tool) for _, run, tool in ours):
+            return ""
+        shown = [(run.plugin.name, call) for call, run, _ in ours]
+        return self.chat.consent.ask(info(self.scope).user, shown)
+
+    def responding(self) -> list[Run]:
+        """Return the runs whose response hooks are due, in the order in which text goes through."""
         due = [r for r in self.runs if r.due and r.plugin.responds]
-        due = [r for r in due if self.chat.may_edit(self.request, r.plugin)]
-        inner = [r for r in reversed(due) if r.agent.innermost]
-        end = [r for r in reversed(due) if r.agent.last and not r.agent.innermost]
-        rest = [r for r in due if not (r.agent.innermost or r.agent.last)]
-        wraps = [r for r in reversed(rest) if r.has("on_request")]
-        pipe = [r for r in rest if not r.has("on_request")]
-        always = [r for r in pipe if r.plugin.config.always]
-        return [*inner, *(r for r in pipe if r not in always), *wraps, *always, *end]
+        return outward([r for r in due if self.chat.may_edit(self.request, r.plugin)])
 
     def editor(self) -> Editor:
         """Return what edits the answer, or the reply."""
         dialect, whole = self.chat.dialect, not self.chat.dialect.wants_stream(self.request)
         noticed = self.chat.chain.notice and self.chat.may_edit(self.request)
         stages = [Stage(run, whole=whole) for run in self.responding()]
-        notice = self.notice if noticed else str
-        return Editor(dialect, stages, self.request, notice, whole=whole)
+        notice = partial(self.notice, noticed)
+        return Editor(dialect, stages, self.request, notice, whole=whole, hidden=self.tools)
 
-    def notice(self) -> str:
-        """Return a line about the agents that were asked for and failed, or ""."""
+    def notice(self, noticed: bool, said: bool) -> str:
+        """Return what stands under the answer: a question, and which agents asked for failed."""
         failed = [r.plugin.name for r in self.runs if r.asked and r.outcome in ("error", "timeout")]
         text = f"\n\n[without {', '.join(failed)}: it failed, the proxy's log says why]"
-        return text if failed else ""
+        question, self.question = self.question, ""
+        parts = [text] if failed and noticed and said else []
+        parts += ["\n\n" * said + question] if question else []
+        return "".join(parts)
 
     def summary(self) -> str:
         """Return the value of X-OSP-Agents: `rag;ok;12ms, translate;error;3ms`."""
@@ -542,6 +683,21 @@ class Turn:
         return headers
 
 
+def outward(runs: list[Run]) -> list[Run]:
+    """Return runs in the order in which an answer goes through their hooks.
+
+    Those with response hooks alone are a pipe, left to right; those with both hooks wrap around it
+    and close in reverse; always-on ones with response hooks alone come behind those.
+    """
+    inner = [r for r in reversed(runs) if r.agent.innermost]
+    end = [r for r in reversed(runs) if r.agent.last and not r.agent.innermost]
+    rest = [r for r in runs if not (r.agent.innermost or r.agent.last)]
+    wraps = [r for r in reversed(rest) if r.has("on_request")]
+    pipe = [r for r in rest if not r.has("on_request")]
+    always = [r for r in pipe if r.plugin.config.always]
+    return [*inner, *(r for r in pipe if r not in always), *wraps, *always, *end]
+
+
 # The chain: each agent works on a payload of its own, parsed from the bytes that the one before it
 # left. Its result counts only if it came in time and can be sent.
 
@@ -553,16 +709,71 @@ async def run_requests(turn: Turn, trace: Trace) -> Payload:
     """
     for run in turn.runs:
         run.metrics.activated(run.plugin.name)
-    body, accept = dialects.dumps(turn.payload), partial(encoded, turn)
+    payload, accept = turn.payload, partial(encoded, turn)
+    late = {id(run) for run in turn.runs if run.agent.last or run.agent.innermost}
     for group in groups(turn.runs):
+        if id(group[0]) in late:  # they see what the others offer
+            turn.offer(payload)
+        body = dialects.dumps(payload)
         if len(group) > 1:
-            body = await ask_together(group, body, accept, trace)
+            left = await ask_together(group, body, accept, trace)
         else:
             left = await ask(group[0], body, accept)
             trace.append((group[0], body, left))
-            body = left
+        payload = json.loads(left)
+    turn.offer(payload)
+    return payload
+
+
+async def run_again(turn: Turn) -> Payload:
+    """Return the payload with what tools brought in, as guards and `last` agents changed it."""
+    body = dialects.dumps(turn.payload)
+    for run in turn.runs:
+        run.context.continuation = True
+        if run.due and run.has("on_request") and (run.plugin.is_guard or run.agent.last):
+            body = await ask(run, body, partial(encoded, turn), may_reply=False)
     payload: Payload = json.loads(body)
     return payload
+
+
+# Tools
+
+
+async def judge(turn: Turn, calls: Collection[ToolCall]) -> list[ToolCall]:
+    """Return calls as agents changed them, the refused ones marked."""
+    owners = {name: run.plugin.name for name, (run, _) in turn.tools.items()}
+    shown = [tools.seen(call, n, owners.get(call.name, "")) for n, call in enumerate(calls)]
+    for run in outward([run for run in turn.runs if run.due and run.has("on_calls")]):
+        accept = partial(tools.judged, known=[call["id"] for call in shown])
+        with suppress(errors.PluginExecutionError):
+            shown = await run.call("on_calls", deepcopy(shown), accept=accept, may_reply=False)
+    for number, call in enumerate(calls):
+        tools.change(call, [each for each in shown if each["id"] == str(number)])
+    return list(calls)
+
+
+async def use(turn: Turn, calls: Sequence[ToolCall]) -> list[tuple[ToolCall, Result]]:
+    """Return calls with their results; what a tool cannot do is a result, too."""
+    return list(zip(calls, await gathered([result_of(turn, call) for call in calls]), strict=True))
+
+
+async def result_of(turn: Turn, call: ToolCall) -> Result:
+    if call.refused:
+        return "refused: this call is not allowed"
+    if call.name not in turn.tools:
+        return f"failed: there is no tool {call.name!r}"
+    run, tool = turn.tools[call.name]
+    return await run.use(tool["name"], tools.seen(call, 0, "")["arguments"])
+
+
+async def gathered(work: Iterable[Coroutine[Any, Any, T]]) -> list[T]:
+    """Return what coroutines return that run at once; the first exception cancels the others."""
+    tasks = [asyncio.create_task(each) for each in work]
+    try:
+        return await asyncio.gather(*tasks)
+    finally:
+        for task in tasks:
+            task.cancel()
 
 
 def groups(runs: Sequence[Run]) -> list[list[Run]]:
@@ -597,12 +808,7 @@ async def ask_together(
         additions(body, left)
         return left
 
-    tasks = [asyncio.create_task(ask(run, body, mergeable, may_reply=False)) for run in group]
-    try:
-        bodies = await asyncio.gather(*tasks)
-    finally:
-        for task in tasks:
-            task.cancel()
+    bodies = await gathered(ask(run, body, mergeable, may_reply=False) for run in group)
     trace += [(run, body, left) for run, left in zip(group, bodies, strict=True)]
     added = [additions(body, left) for left in bodies]
     systems = [message for messages, _ in added for message in messages]
@@ -654,17 +860,21 @@ def encoded(turn: Turn, result: Any) -> bytes:
 # The pieces of an answer
 
 
-async def frames_of(answer: Answer, dialect: Dialect) -> AsyncIterator[list[bytes]]:
-    """Yield the frames of a stream that complete together, and what stands behind the last one."""
+async def frames_of(
+    answer: Answer, dialect: Dialect, *, whole: bool
+) -> AsyncGenerator[list[bytes]]:
+    """Yield the frames of a stream that complete together, and what stands behind the last one.
+
+    A whole answer is one frame.
+    """
+    if whole:
+        yield [await upstream.whole(answer)]
+        return
     splitter = dialects.FrameSplitter(dialect.end)
     async for data in answer:
         yield splitter.feed(data)
     if rest := splitter.rest():
         yield [rest]
-
-
-async def whole_of(answer: Answer) -> AsyncIterator[list[bytes]]:
-    yield [b"".join([data async for data in answer])]
 
 
 async def pieces(reply: Spoken) -> AsyncIterator[str]:
@@ -776,15 +986,25 @@ def is_bare(payload: Payload) -> bool:
 # /explain: the request is shown as lines, what an agent added behind a +, what it removed behind -
 
 
-def explanation(trace: Trace, payload: Payload, reply: str | None) -> str:
+def explanation(trace: Trace, turn: Turn, reply: str | None) -> str:
     """Return the answer to `/explain`; `reply` is what an agent answered without the model."""
     shown = [part_of(run, before, after) for run, before, after in trace]
+    if turn.tools:
+        shown.append(offered(turn))
     if reply is None:
-        sent = "\n".join(line for entry in entries(payload) for line in entry)
+        sent = "\n".join(line for entry in entries(turn.payload) for line in entry)
         end = f"The model would have been sent:\n{sent}"
     else:
         end = f"The model would not have been asked. The answer would have been:\n{reply}"
     return "\n\n".join([*shown, end])
+
+
+def offered(turn: Turn) -> str:
+    """Return the tools of agents, and what they cost in every round."""
+    forms = turn.chat.dialect.offer([tool for _, tool in turn.tools.values()])
+    cost = len(dialects.dumps(forms)) // 4  # about four characters a token
+    lines = [f"{name} (/{run.plugin.name})" for name, (run, _) in turn.tools.items()]
+    return "\n".join([f"The model would be offered these tools, about {cost} tokens:", *lines])
 
 
 def part_of(run: Run, before: bytes, after: bytes) -> str:

@@ -145,6 +145,7 @@ class FakeOllama:
     head: dict[str, Any] = field(default_factory=dict)
     before: Callable[[], Any] | None = None
     steps: tuple[Any, ...] = ()
+    script: list[tuple[Any, ...]] = field(default_factory=list)  # of requests that come in turn
     may_say: bool = True  # no test has said what it answers
 
     def answers(
@@ -166,6 +167,13 @@ class FakeOllama:
         kind = dialect.stream_type if stream else dialect.whole_type
         steps = frames(path, *texts) if stream else [whole(path, "".join(texts))]
         self.answers(*steps, kind=kind.decode())
+
+    def says_in_turn(self, path: str, *rounds: bytes, stream: bool) -> None:
+        """Answer each request with another body, the last one again and again."""
+        dialect = BY_PATH[path]
+        kind = dialect.stream_type if stream else dialect.whole_type
+        self.answers(rounds[-1], kind=kind.decode())
+        self.script = [(body,) for body in rounds]
 
     async def pause(self) -> None:
         await self.go.wait()
@@ -209,7 +217,7 @@ class FakeOllama:
         if self.before:
             await self.before()
         await send(self.head)
-        for step in self.steps:
+        for step in self.script.pop(0) if self.script else self.steps:
             if callable(step):
                 await step()
             else:
@@ -235,6 +243,10 @@ class House:
             code += f"    async def on_response(self, response):\n        return {response}\n"
         for name in names.split():
             write_agent(self.plugins, name, code.replace("NAME", name), **config)
+
+    def write(self, name: str, code: str, **config: Any) -> None:
+        """Write an agent of which `code` is the class."""
+        write_agent(self.plugins, name, code, **config)
 
     @property
     def sent(self) -> list[list[Any]]:

@@ -13,21 +13,25 @@ from __future__ import annotations
 
 import json
 import re
+import secrets
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from json.encoder import encode_basestring
 from typing import Any, NoReturn
 
-from kernel.agent import Message, Payload
+from kernel.agent import Message, Payload, Tool
 
 Chunk = dict[str, Any]  # a frame's JSON object
 Place = tuple[dict[str, Any], str]  # an object of a chunk, and the key under which text stands
+Result = str | list[Message]  # of a tool: text, or MCP's contents
 
 JSON = b"application/json"
 JSON_UTF8 = b"application/json; charset=utf-8"
 # Characters that line-splitting clients treat as newlines (httpx does), and lone surrogates
 UNSAFE = re.compile("[\x7f-\x9f\u2028\u2029\ud800-\udfff]")
+ALWAYS = ("model", "created_at")  # keys of every frame
+SPOKEN = ("content", "thinking", "reasoning")  # keys of a message that hold what was said
 KEYS = frozenset(  # that Ollama's decoder takes for its own in any case
     "model messages stream format keep_alive tools options think logprobs top_logprobs shift"
     " truncate response_format stream_options role content images tool_calls tool_name tool_call_id"
@@ -81,14 +85,50 @@ STRICT_DECODER = json.JSONDecoder(
 
 
 @dataclass(slots=True)
+class ToolCall:
+    """One call of a tool in an answer."""
+
+    name: str
+    arguments: str  # JSON, which may come in pieces
+    id: str = ""
+    entry: Chunk = field(default_factory=dict)  # the dialect's own object, for what is not here
+    refused: bool = False  # by an agent
+
+    def __post_init__(self) -> None:
+        self.id = self.id or f"call_{secrets.token_hex(4)}"
+
+
+@dataclass(slots=True)
+class JointState:
+    """What is remembered of the rounds of which one answer is made."""
+
+    round: int = 0
+    first: Chunk = field(default_factory=dict)  # what later rounds take over from the first
+    places: dict[Any, int] = field(default_factory=dict)  # of a round: where its blocks stand
+    blocks: int = 0  # in the answer so far
+    frames: int = 0
+    items: list[Chunk] = field(default_factory=list)  # that the end of the answer repeats
+
+    def place(self, block: Any) -> int:
+        """Return the index of a block of this round in the whole answer."""
+        if block not in self.places:
+            self.places[block] = self.blocks
+            self.blocks += 1
+        return self.places[block]
+
+
+@dataclass(slots=True)
 class AnswerState:
     """What the editor remembers of one answer."""
 
     asked: Payload  # the request's body as the client sent it
+    hidden: frozenset[str] = frozenset()  # names of tools that the client does not know
     last: Chunk | None = None  # the last frame with text, while its text may still go on
     said: dict[str, list[str]] = field(default_factory=dict)  # edited pieces, by their item's id
     number: int = -1  # of the last frame, in a dialect that numbers them
     added: int = 0  # frames that the upstream did not send
+    blocks: int = 0  # of text, calls and thinking, in a dialect that numbers them
+    items: list[Chunk] = field(default_factory=list)  # blocks that the upstream did not send
 
 
 class Dialect:
@@ -201,6 +241,10 @@ class Dialect:
         kept = {key: value for key, value in last.items() if key != "logprobs"}
         return kept | {"message": {"role": "assistant", "content": text}, "done": False}
 
+    def alone(self, end: Chunk, text: str, state: AnswerState) -> list[Chunk]:
+        """Return new frames that say `text` where no text is open, before the frame `end`."""
+        return [self.piece({key: end[key] for key in end if key in ALWAYS}, text)]
+
     def numbered(self, chunk: Chunk, number: int) -> Chunk:
         """Return a frame with its number, in a dialect that numbers them."""
         return chunk
@@ -208,6 +252,97 @@ class Dialect:
     def settle(self, chunk: Chunk, state: AnswerState) -> bool:
         """Make a frame agree with those that were edited before it; tell whether it changed."""
         return False
+
+    # Tools: `ToolCall` and `Result` are the same in every dialect
+
+    def offer(self, tools: Sequence[Tool]) -> list[Chunk]:
+        """Return tools in the form in which a request has them."""
+        return [{"type": "function", "function": function_of(tool, "parameters")} for tool in tools]
+
+    def take(self, chunk: Chunk, calls: dict[Any, ToolCall]) -> Chunk | None:
+        """Move the calls in a frame, or the piece of one, to `calls`.
+
+        Return what is left of the frame, {} if that is nothing, and None if it has no call.
+        """
+        message = self.message(chunk)
+        entries = message.pop("tool_calls", None)
+        if not entries:
+            return None
+        for entry in entries:
+            function, key = entry["function"], entry.get("index", len(calls))
+            text = function.get("arguments") or ""
+            text = text if isinstance(text, str) else dumps(text).decode()
+            if key in calls:
+                calls[key].arguments += text
+            else:
+                calls[key] = ToolCall(function["name"], text, entry.get("id", ""), entry)
+        left = any(message.get(key) for key in SPOKEN) or self.ends(chunk)
+        return chunk if left else {}
+
+    def thoughts(self, chunk: Chunk) -> str:
+        """Return the thinking in a frame."""
+        message = self.message(chunk)
+        return message.get("thinking") or message.get("reasoning") or ""
+
+    def ends(self, chunk: Chunk) -> bool:
+        """Tell whether a frame belongs to the end of an answer."""
+        return chunk.get("done") is True
+
+    def join(self, chunk: Chunk, state: JointState) -> bool | None:
+        """Make a frame one of the whole answer; tell whether it changed. None: it is dropped."""
+        return False
+
+    def merge(self, earlier: Chunk, chunk: Chunk) -> None:
+        """Add to the end of a round, or to a whole answer, what an earlier one has."""
+        old, new = self.message(earlier), self.message(chunk)
+        for key in SPOKEN:
+            if old.get(key):
+                new[key] = old[key] + (new.get(key) or "")
+        add(self.counts(earlier), self.counts(chunk))
+
+    def counts(self, chunk: Chunk) -> dict[str, Any]:
+        """Return the object that has Ollama's counters."""
+        return chunk
+
+    def stop(self, chunk: Chunk) -> None:
+        """Let the end of an answer say that it stopped, where it said that it calls a tool."""
+
+    def entry(self, call: ToolCall, number: int) -> Chunk:
+        """Return a call as an answer has it; `number` counts the calls of the answer."""
+        arguments = loads(call.arguments.encode() or b"{}")
+        function = {**call.entry.get("function", {}), "name": call.name, "arguments": arguments}
+        if "index" in function:
+            function["index"] = number
+        known = "id" in call.entry or not call.entry
+        return call.entry | ({"id": call.id} if known else {}) | {"function": function}
+
+    def call(self, last: Chunk, calls: Sequence[ToolCall], state: JointState) -> list[Chunk]:
+        """Return the frames of a stream that say calls, after the frame `last`."""
+        chunks = [self.piece(last, "") for _ in calls]
+        for number, (call, chunk) in enumerate(zip(calls, chunks, strict=True)):
+            self.message(chunk)["tool_calls"] = [self.entry(call, number)]
+        return chunks
+
+    def put(self, chunk: Chunk, calls: Sequence[ToolCall]) -> None:
+        """Add calls to a whole answer."""
+        entries = [self.entry(call, number) for number, call in enumerate(calls)]
+        self.message(chunk)["tool_calls"] = entries
+
+    def spoken(self, text: str, thinking: str, calls: Sequence[ToolCall]) -> list[Message]:
+        """Return what the model said in a round as messages of the payload."""
+        entries = [self.entry(ToolCall(c.name, c.arguments, c.id), n) for n, c in enumerate(calls)]
+        thought = {"thinking": thinking} if thinking else {}
+        return [{"role": "assistant", "content": text, **thought, "tool_calls": entries}]
+
+    def results(self, results: Sequence[tuple[ToolCall, Result]]) -> list[Message]:
+        """Return the results of calls as messages of the payload."""
+        messages = []
+        for call, result in results:
+            text, images = contents_of(result)
+            message: Message = {"role": "tool", "content": text, "tool_name": call.name}
+            message |= {"images": [image["data"] for image in images]} if images else {}
+            messages.append(message | {"tool_call_id": call.id})
+        return messages
 
     # A reply that no model gave
 
@@ -252,6 +387,33 @@ class SSE(Dialect):
 
     def encode_whole(self, chunk: Chunk) -> bytes:
         return dumps(chunk) + b"\n"
+
+
+def function_of(tool: Tool, schema: str) -> Chunk:
+    """Return name, description and, under the key `schema`, the parameters of a tool."""
+    parameters = tool.get("parameters") or {"type": "object", "properties": {}}
+    return {"name": tool["name"], "description": tool.get("description", ""), schema: parameters}
+
+
+def contents_of(result: Result) -> tuple[str, list[Message]]:
+    """Return the text of a tool's result, and its images."""
+    if isinstance(result, str):
+        return result, []
+    texts = [part["text"] for part in result if part["type"] == "text"]
+    return "\n\n".join(texts), [part for part in result if part["type"] == "image"]
+
+
+def data_url(image: Message) -> str:
+    return f"data:{image['mimeType']};base64,{image['data']}"
+
+
+def add(counts: dict[str, Any], to: dict[str, Any]) -> None:
+    """Add numbers, and those in objects, to the ones of the same name."""
+    for key, value in counts.items():
+        if isinstance(value, dict) and isinstance(to.get(key), dict):
+            add(value, to[key])
+        elif type(value) in (int, float):
+            to[key] = to.get(key, 0) + value
 
 
 def place_in(holder: dict[str, Any], key: str) -> list[Place]:

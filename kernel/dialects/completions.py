@@ -2,10 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from datetime import UTC, datetime
 
 from kernel.agent import Message, Payload
-from kernel.dialects import SSE, Chunk, dumps, table
+from kernel.dialects import (
+    SSE,
+    AnswerState,
+    Chunk,
+    JointState,
+    Result,
+    ToolCall,
+    contents_of,
+    data_url,
+    dumps,
+    table,
+)
 
 USAGE = {"prompt_tokens": 0, "completion_tokens": 0, "total_tokens": 0}  # of a reply of our own
 
@@ -48,6 +60,48 @@ class Completions(SSE):
         # Without the role: the first delta said it, and clients join what deltas say.
         return last | {"choices": [choice | {"delta": {"content": text}, "finish_reason": None}]}
 
+    def alone(self, end: Chunk, text: str, state: AnswerState) -> list[Chunk]:
+        kept = {key: value for key, value in end.items() if key != "usage"}
+        return [self.piece(kept | {"choices": [{"index": 0}]}, text)]
+
+    # Tools
+
+    def ends(self, chunk: Chunk) -> bool:
+        choice = self.choice(chunk)
+        return not choice or bool(choice.get("finish_reason"))
+
+    def join(self, chunk: Chunk, state: JointState) -> bool | None:
+        state.first = state.first or {key: chunk[key] for key in ("id", "created") if key in chunk}
+        chunk |= state.first
+        return state.round > 0
+
+    def counts(self, chunk: Chunk) -> Chunk:
+        return table(chunk.get("usage"))
+
+    def stop(self, chunk: Chunk) -> None:
+        if choice := self.choice(chunk):
+            choice["finish_reason"] = "stop"
+
+    def entry(self, call: ToolCall, number: int) -> Chunk:
+        function = {"name": call.name, "arguments": call.arguments or "{}"}
+        mine = {"id": call.id, "index": number, "type": "function", "function": function}
+        return call.entry | mine
+
+    def spoken(self, text: str, thinking: str, calls: Sequence[ToolCall]) -> list[Message]:
+        [message] = super().spoken(text, "", calls)
+        # Older versions of Ollama overlook calls beside a text, even an empty one (openai.go)
+        thought = {"reasoning": thinking} if thinking else {}
+        return [message | {"content": text or None} | thought]
+
+    def results(self, results: Sequence[tuple[ToolCall, Result]]) -> list[Message]:
+        messages: list[Message] = []
+        for call, result in results:
+            text, images = contents_of(result)
+            urls = [{"type": "image_url", "image_url": {"url": data_url(i)}} for i in images]
+            content = [{"type": "text", "text": text}, *urls] if images else text
+            messages.append({"role": "tool", "tool_call_id": call.id, "content": content})
+        return messages
+
     def head(self, request: Payload) -> Chunk:
         now = datetime.now(UTC)
         head: Chunk = {"id": f"chatcmpl-{now:%f}", "object": "chat.completion.chunk"}
@@ -66,7 +120,7 @@ class Completions(SSE):
     def whole(self, head: Chunk, text: str) -> Chunk:
         message = {"role": "assistant", "content": text}
         choice = {"index": 0, "message": message, "finish_reason": "stop"}
-        return head | {"object": "chat.completion", "choices": [choice], "usage": USAGE}
+        return head | {"object": "chat.completion", "choices": [choice], "usage": {**USAGE}}
 
     def done(self) -> bytes:
         return b"data: [DONE]\n\n"

@@ -8,9 +8,26 @@ comes later, in `message_delta`.
 from __future__ import annotations
 
 import secrets
+from collections.abc import Sequence
+from typing import Any
 
-from kernel.agent import Message, Payload
-from kernel.dialects import SSE, Chunk, Place, place_in, split_lead, table
+from kernel.agent import Message, Payload, Tool
+from kernel.dialects import (
+    SSE,
+    AnswerState,
+    Chunk,
+    JointState,
+    Place,
+    Result,
+    ToolCall,
+    contents_of,
+    dumps,
+    function_of,
+    loads,
+    place_in,
+    split_lead,
+    table,
+)
 
 FINISHES = {"end_turn": "stop", "stop_sequence": "stop", "max_tokens": "length"}
 FINISHES |= {"tool_use": "tool_calls"}
@@ -67,23 +84,135 @@ class Messages(SSE):
     def piece(self, last: Chunk, text: str) -> Chunk:
         return last | {"delta": {"type": "text_delta", "text": text}}
 
+    def alone(self, end: Chunk, text: str, state: AnswerState) -> list[Chunk]:
+        block = {"index": state.blocks}
+        state.items.append(block)
+        return block_of(text, block)
+
+    def settle(self, chunk: Chunk, state: AnswerState) -> bool:
+        if "index" not in chunk:
+            return False
+        chunk["index"] += len(state.items)  # blocks of ours stand before it
+        state.blocks = chunk["index"] + 1
+        return bool(state.items)
+
+    # Tools
+
+    def offer(self, tools: Sequence[Tool]) -> list[Chunk]:
+        return [function_of(tool, "input_schema") for tool in tools]
+
+    def take(self, chunk: Chunk, calls: dict[Any, ToolCall]) -> Chunk | None:
+        kind, at = chunk.get("type"), chunk.get("index")
+        if kind == "message":
+            blocks = chunk["content"] or []
+            uses = [block for block in blocks if block["type"] == "tool_use"]
+            for block in uses:
+                arguments = dumps(block["input"]).decode()
+                calls[block["id"]] = ToolCall(block["name"], arguments, block["id"], block)
+            chunk["content"] = [block for block in blocks if block["type"] != "tool_use"]
+            return chunk if uses else None
+        block = chunk.get("content_block") or {}
+        if block.get("type") == "tool_use":
+            calls[at] = ToolCall(block["name"], "", block["id"], block)
+        elif at is None or at not in calls:
+            return None
+        calls[at].arguments += chunk.get("delta", {}).get("partial_json", "")
+        return {}
+
+    def thoughts(self, chunk: Chunk) -> str:
+        holders = [chunk.get("delta") or {}, *(chunk.get("content") or [])]
+        return "".join(holder.get("thinking", "") for holder in holders)
+
+    def ends(self, chunk: Chunk) -> bool:
+        return chunk.get("type") in ("message_delta", "message_stop", "message")
+
+    def join(self, chunk: Chunk, state: JointState) -> bool | None:
+        if chunk.get("type") == "message_start" and state.round:
+            return None
+        at = chunk.get("index")
+        if at is not None:
+            chunk["index"] = state.place(at)
+        return at != chunk.get("index")
+
+    def merge(self, earlier: Chunk, chunk: Chunk) -> None:
+        super().merge(earlier, chunk)
+        if earlier.get("content"):
+            chunk["content"] = earlier["content"] + (chunk["content"] or [])
+
+    def counts(self, chunk: Chunk) -> Chunk:
+        return table(chunk.get("usage"))
+
+    def stop(self, chunk: Chunk) -> None:
+        holder = chunk.get("delta", chunk)
+        if "stop_reason" in holder:
+            holder["stop_reason"] = "end_turn"
+
+    def entry(self, call: ToolCall, number: int) -> Chunk:
+        arguments = loads(call.arguments.encode() or b"{}")
+        mine = {"type": "tool_use", "id": call.id, "name": call.name, "input": arguments}
+        return call.entry | mine
+
+    def call(self, last: Chunk, calls: Sequence[ToolCall], state: JointState) -> list[Chunk]:
+        chunks: list[Chunk] = []
+        for call in calls:
+            block = call.entry | {"type": "tool_use", "id": call.id, "name": call.name, "input": {}}
+            delta = {"type": "input_json_delta", "partial_json": call.arguments or "{}"}
+            at = {"index": state.place(call.id)}
+            chunks += [
+                {"type": "content_block_start", **at, "content_block": block},
+                {"type": "content_block_delta", **at, "delta": delta},
+                {"type": "content_block_stop", **at},
+            ]
+        return chunks
+
+    def put(self, chunk: Chunk, calls: Sequence[ToolCall]) -> None:
+        chunk["content"] += [self.entry(call, number) for number, call in enumerate(calls)]
+
+    def spoken(self, text: str, thinking: str, calls: Sequence[ToolCall]) -> list[Message]:
+        blocks: list[Message] = [{"type": "thinking", "thinking": thinking}] if thinking else []
+        blocks += [{"type": "text", "text": text}] if text else []
+        blocks += [self.entry(ToolCall(c.name, c.arguments, c.id), 0) for c in calls]
+        return [{"role": "assistant", "content": blocks}]
+
+    def results(self, results: Sequence[tuple[ToolCall, Result]]) -> list[Message]:
+        blocks: list[Message] = []
+        for call, result in results:
+            text, images = contents_of(result)
+            parts = [{"type": "text", "text": text}, *map(source_of, images)]
+            block = {"type": "tool_result", "tool_use_id": call.id}
+            blocks.append(block | {"content": parts if images else text})
+        return [{"role": "user", "content": blocks}]
+
     def head(self, request: Payload) -> Chunk:
         head = {"id": f"msg_{secrets.token_hex(12)}", "type": "message", "role": "assistant"}
         return head | {"model": request["model"], "content": [], "usage": USAGE}
 
     def speech(self, head: Chunk, text: str) -> list[Chunk]:
-        block, delta = {"type": "text", "text": ""}, {"type": "text_delta", "text": text}
         return [
             {"type": "message_start", "message": head},
-            {"type": "content_block_start", "index": 0, "content_block": block},
-            {"type": "content_block_delta", "index": 0, "delta": delta},
-            {"type": "content_block_stop", "index": 0},
+            *block_of(text, {"index": 0}),
             {"type": "message_delta", "delta": {"stop_reason": "end_turn"}, "usage": USAGE},
             {"type": "message_stop"},
         ]
 
     def whole(self, head: Chunk, text: str) -> Chunk:
-        return head | {"content": [{"type": "text", "text": text}], "stop_reason": "end_turn"}
+        said = {"content": [{"type": "text", "text": text}], "stop_reason": "end_turn"}
+        return head | said | {"usage": {**USAGE}}
+
+
+def block_of(text: str, at: Chunk) -> list[Chunk]:
+    """Return the frames of a block of text; `at` has its index."""
+    block, delta = {"type": "text", "text": ""}, {"type": "text_delta", "text": text}
+    return [
+        {"type": "content_block_start", **at, "content_block": block},
+        {"type": "content_block_delta", **at, "delta": delta},
+        {"type": "content_block_stop", **at},
+    ]
+
+
+def source_of(image: Message) -> Message:
+    source = {"type": "base64", "media_type": image["mimeType"], "data": image["data"]}
+    return {"type": "image", "source": source}
 
 
 def joined(contents: list[str | list[Message]]) -> str | list[Message]:

@@ -9,16 +9,33 @@ from __future__ import annotations
 
 import secrets
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from copy import deepcopy
 from typing import Any
 
-from kernel.agent import Message, Payload, text_of
-from kernel.dialects import SSE, AnswerState, Chunk, Place, place_in, split_lead, table
+from kernel.agent import Message, Payload, Tool, text_of
+from kernel.dialects import (
+    SSE,
+    AnswerState,
+    Chunk,
+    JointState,
+    Place,
+    Result,
+    ToolCall,
+    contents_of,
+    data_url,
+    function_of,
+    place_in,
+    split_lead,
+    table,
+)
 
 CLOSING = [f"response.{part}.done" for part in ("output_text", "content_part", "output_item")]
 DELTA = "response.output_text.delta"
+BEGINS = ("response.created", "response.in_progress")
 ENDS = ("response.completed", "response.incomplete")
 ERRORS = ("error", "response.failed")
+SPOKEN_ITEMS = ("reasoning", "function_call", "function_call_output")  # of a round with tools
 USAGE: Chunk = dict.fromkeys(("input_tokens", "output_tokens", "total_tokens"), 0)  # of a reply
 USAGE |= {"input_tokens_details": {"cached_tokens": 0}}
 USAGE |= {"output_tokens_details": {"reasoning_tokens": 0}}
@@ -48,7 +65,8 @@ class Responses(SSE):
         own = given if isinstance(given, list) else []
         lead, rest = split_lead(payload["messages"], own)
         items: Any = [renamed(item, read=False) for item in rest]
-        if any("role" not in item and item not in own for item in items):
+        added = [item.get("type") for item in items if "role" not in item and item not in own]
+        if not {*added} <= {*SPOKEN_ITEMS}:
             raise ValueError("an item that is no message cannot be added in this dialect")
         match items:
             case [{"role": "user", "content": str(text), **more}] if given != own and not more:
@@ -80,8 +98,8 @@ class Responses(SSE):
 
     def finish(self, chunk: Chunk) -> str | None:
         kind = chunk.get("type")
-        if kind == "response.output_item.added":  # another item begins: the text has ended
-            return "tool_calls" if chunk["item"].get("type") == "function_call" else ""
+        if kind == "response.output_item.added":
+            return "tool_calls" if chunk["item"].get("type") == "function_call" else None
         if kind is not None and kind not in ENDS:
             return None
         response = chunk.get("response", chunk)
@@ -95,8 +113,20 @@ class Responses(SSE):
     def numbered(self, chunk: Chunk, number: int) -> Chunk:
         return chunk | {"sequence_number": number}
 
+    def alone(self, end: Chunk, text: str, state: AnswerState) -> list[Chunk]:
+        item = item_that_says(text, f"msg_{secrets.token_hex(6)}")
+        chunks = block_of(item, state.blocks)
+        state.items.append(item)
+        for chunk in chunks:
+            state.added += 1
+            chunk["sequence_number"] = state.number + state.added
+        return chunks
+
     def settle(self, chunk: Chunk, state: AnswerState) -> bool:
         changed = bool(state.added)
+        if "output_index" in chunk:
+            chunk["output_index"] += len(state.items)  # items of ours stand before it
+            state.blocks = chunk["output_index"] + 1
         if "sequence_number" in chunk:
             state.number = chunk["sequence_number"]
             chunk["sequence_number"] += state.added
@@ -107,9 +137,119 @@ class Responses(SSE):
             if part["text"] != text:
                 part["text"], changed = text, True
         response, own = chunk.get("response") or chunk, state.asked.get("instructions")
+        if chunk.get("type") in ENDS and state.items:
+            response["output"] = [*(response["output"] or []), *state.items]
         if response.get("instructions", own) != own:
             response["instructions"], changed = own, True
+        if state.hidden and (tools := response.get("tools")):
+            own = [tool for tool in tools if tool.get("name") not in state.hidden]
+            response["tools"], changed = own, changed or own != tools
         return changed
+
+    # Tools
+
+    def offer(self, tools: Sequence[Tool]) -> list[Chunk]:
+        return [{"type": "function", **function_of(tool, "parameters")} for tool in tools]
+
+    def take(self, chunk: Chunk, calls: dict[Any, ToolCall]) -> Chunk | None:
+        response, item = chunk.get("response", chunk), chunk.get("item") or {}
+        if "output" in response:
+            output = response["output"] or []
+            called = [each for each in output if each["type"] == "function_call"]
+            if not called:
+                return None
+            for each in called:
+                calls.setdefault(each["id"], call_of(each))
+            response["output"] = [each for each in output if each not in called]
+            return chunk
+        if item.get("type") == "function_call":
+            calls[item["id"]] = call_of(item)
+            return {}
+        return {} if chunk.get("item_id") in calls else None  # the whole item follows
+
+    def thoughts(self, chunk: Chunk) -> str:
+        if chunk.get("type") == "response.reasoning_summary_text.delta":
+            return str(chunk["delta"])
+        items = (chunk.get("output") or []) if "type" not in chunk else []
+        return "".join(part["text"] for item in items for part in item.get("summary", ()))
+
+    def ends(self, chunk: Chunk) -> bool:
+        return chunk.get("type", ENDS[0]) in ENDS
+
+    def join(self, chunk: Chunk, state: JointState) -> bool | None:
+        if "type" not in chunk:
+            return False
+        if chunk["type"] in BEGINS and state.round:
+            return None
+        before = [chunk.get("output_index"), chunk.get("sequence_number")]
+        response = chunk.get("response") or {}
+        if response:
+            state.first = state.first or {key: response[key] for key in ("id", "created_at")}
+            response |= state.first
+        if chunk["type"] in ENDS and state.items:
+            response["output"] = [*(response["output"] or []), *state.items]
+        if item := chunk.get("item_id") or chunk.get("item", {}).get("id"):
+            chunk["output_index"] = state.place(item)
+        chunk["sequence_number"] = state.frames
+        state.frames += 1
+        return [chunk.get("output_index"), chunk["sequence_number"]] != before or state.round > 0
+
+    def merge(self, earlier: Chunk, chunk: Chunk) -> None:
+        super().merge(earlier, chunk)
+        old, new = earlier.get("response", earlier), chunk.get("response", chunk)
+        new["output"] = [*(old["output"] or []), *(new["output"] or [])]
+
+    def counts(self, chunk: Chunk) -> Chunk:
+        return table(chunk.get("response", chunk).get("usage"))
+
+    def entry(self, call: ToolCall, number: int) -> Chunk:
+        item = {"id": f"fc_{call.id}", "type": "function_call", "status": "completed"} | call.entry
+        return item | {"call_id": call.id, "name": call.name, "arguments": call.arguments or "{}"}
+
+    def call(self, last: Chunk, calls: Sequence[ToolCall], state: JointState) -> list[Chunk]:
+        chunks: list[Chunk] = []
+        for number, call in enumerate(calls):
+            item = self.entry(call, number)
+            state.items.append(item)
+            at = {"output_index": state.place(item["id"])}
+            of, text = {"item_id": item["id"], **at}, item["arguments"]
+            begun = item | {"arguments": "", "status": "in_progress"}
+            chunks += [
+                {"item": begun, **at, "type": "response.output_item.added"},
+                {"delta": text, **of, "type": "response.function_call_arguments.delta"},
+                {"arguments": text, **of, "type": "response.function_call_arguments.done"},
+                {"item": item, **at, "type": "response.output_item.done"},
+            ]
+        for chunk in chunks:
+            self.join(chunk, state)
+        return chunks
+
+    def put(self, chunk: Chunk, calls: Sequence[ToolCall]) -> None:
+        items = [self.entry(call, number) for number, call in enumerate(calls)]
+        chunk.get("response", chunk)["output"] += items
+
+    def spoken(self, text: str, thinking: str, calls: Sequence[ToolCall]) -> list[Message]:
+        items: list[Message] = []
+        if thinking:  # Ollama takes it from there (openai/responses.go)
+            items.append({"type": "reasoning", "summary": [], "encrypted_content": thinking})
+        if text:
+            part = {"type": "text", "text": text}
+            items.append({"type": "message", "role": "assistant", "content": [part]})
+        called = [(call.id, call.name, call.arguments or "{}") for call in calls]
+        keys = ("call_id", "name", "arguments")
+        return items + [
+            {"type": "function_call", **dict(zip(keys, each, strict=True))} for each in called
+        ]
+
+    def results(self, results: Sequence[tuple[ToolCall, Result]]) -> list[Message]:
+        items: list[Message] = []
+        for call, result in results:
+            text, images = contents_of(result)
+            urls = [{"type": "input_image", "image_url": data_url(image)} for image in images]
+            output = [{"type": "input_text", "text": text}, *urls] if images else text
+            item = {"type": "function_call_output", "call_id": call.id, "output": output}
+            items.append(item)
+        return items
 
     def head(self, request: Payload) -> Chunk:
         head: Chunk = {"id": f"resp_{secrets.token_hex(6)}", "object": "response"}
@@ -121,29 +261,43 @@ class Responses(SSE):
 
     def speech(self, head: Chunk, text: str) -> list[Chunk]:
         response = self.whole(head, text)
-        [item] = response["output"]
-        [part] = item["content"]
-        at = {"item_id": item["id"], "output_index": 0, "content_index": 0}
-        begun = {"item": item | {"status": "in_progress", "content": []}, "output_index": 0}
-        events: list[tuple[str, Chunk]] = [
-            ("response.created", {"response": head}),
-            ("response.in_progress", {"response": head}),
-            ("response.output_item.added", begun),
-            ("response.content_part.added", {"part": part | {"text": ""}} | at),
-            (DELTA, {"delta": text, "logprobs": []} | at),
-            ("response.output_text.done", {"text": text, "logprobs": []} | at),
-            ("response.content_part.done", {"part": part} | at),
-            ("response.output_item.done", {"item": item, "output_index": 0}),
-            ("response.completed", {"response": response}),
+        chunks = [
+            {"response": head, "type": "response.created"},
+            {"response": head, "type": "response.in_progress"},
+            *block_of(response["output"][0], 0),
+            {"response": response, "type": "response.completed"},
         ]
-        return [{**e, "sequence_number": n, "type": kind} for n, (kind, e) in enumerate(events)]
+        return [self.numbered(chunk, number) for number, chunk in enumerate(chunks)]
 
     def whole(self, head: Chunk, text: str) -> Chunk:
-        part = {"type": "output_text", "text": text, "annotations": [], "logprobs": []}
-        item: Chunk = {"id": f"msg_{head['id'][5:]}", "type": "message", "status": "completed"}
-        item |= {"role": "assistant", "content": [part]}
-        end = {"status": "completed", "completed_at": int(time.time()), "usage": USAGE}
-        return head | end | {"output": [item]}
+        end = {"status": "completed", "completed_at": int(time.time()), "usage": deepcopy(USAGE)}
+        return head | end | {"output": [item_that_says(text, f"msg_{head['id'][5:]}")]}
+
+
+def item_that_says(text: str, name: str) -> Chunk:
+    part = {"type": "output_text", "text": text, "annotations": [], "logprobs": []}
+    item: Chunk = {"id": name, "type": "message", "status": "completed"}
+    return item | {"role": "assistant", "content": [part]}
+
+
+def block_of(item: Chunk, index: int) -> list[Chunk]:
+    """Return the frames of an item with one text."""
+    [part] = item["content"]
+    of = {"output_index": index}
+    at = {"item_id": item["id"], **of, "content_index": 0}
+    begun = item | {"status": "in_progress", "content": []}
+    return [
+        {"item": begun, **of, "type": "response.output_item.added"},
+        {"part": part | {"text": ""}, **at, "type": "response.content_part.added"},
+        {"delta": part["text"], "logprobs": [], **at, "type": DELTA},
+        {"text": part["text"], "logprobs": [], **at, "type": "response.output_text.done"},
+        {"part": part, **at, "type": "response.content_part.done"},
+        {"item": item, **of, "type": "response.output_item.done"},
+    ]
+
+
+def call_of(item: Chunk) -> ToolCall:
+    return ToolCall(item["name"], item["arguments"], item["call_id"], item)
 
 
 def parts_of(item: Any) -> list[Message]:

@@ -58,6 +58,7 @@ def test_a_frame_without_a_json_object_is_none(frame: bytes) -> None:
 BLOCKS = [{"type": "text", "text": "s", "cache_control": {"type": "ephemeral"}}]
 BLANK = {"type": "text", "text": "A\n\n"}
 OUTPUT = {"type": "function_call_output", "call_id": "c", "output": "rain"}
+REFERENCE = {"type": "item_reference", "id": "c"}
 ASKED = {"type": "message", "role": "user", "content": [{"type": "input_text", "text": "q"}]}
 
 
@@ -113,11 +114,11 @@ def test_what_a_dialect_cannot_say_is_an_error(path: str) -> None:
     wrong: list[Any] = ["x", {"role": "user", "content": 5}, {"role": "user", "content": ["x"]}]
     wrong.append({"role": "user", "content": [{"type": "text", "text": 5}]})
     wrong += [message("user", [{"type": "text", "text": "x"}])] if path == CHAT else []
-    wrong += [OUTPUT] if path == RESPONSES else []
+    wrong += [REFERENCE] if path == RESPONSES else []
 
     for each in wrong:
         with pytest.raises(ValueError, match="must be|cannot be added"):
             dialect.write(dialect.read(request) | {"messages": [each]}, request)
-        if each is not OUTPUT:
+        if each is not REFERENCE:
             with pytest.raises(ValueError, match="must be"):
                 dialect.check(dialect.read(request | {key: [each]}))

@@ -9,7 +9,7 @@ from typing import Any
 import httpx
 import pytest
 
-from kernel.metrics import BOUNDS, HELP, MODELS, Metrics
+from kernel.metrics import BOUNDS, HELP, NAMES, Metrics
 from tests.support import CHAT, House, done, dumped, line, running, said, turn, write_agent
 
 COMPLETIONS = "/v1/chat/completions"
@@ -214,11 +214,11 @@ def test_a_histogram_counts_up_to_each_bound() -> None:
 def test_of_models_fifty_have_a_name_and_the_rest_are_other() -> None:
     metrics = Metrics()
 
-    for number in [*range(MODELS + 10), 0]:
+    for number in [*range(NAMES + 10), 0]:
         metrics.tokens(b'{"model":"m%d"' % number, b'"eval_count":2}')
 
     counts = {n: v for n, v in parsed(metrics.text()).items() if 'kind="answer"' in n}
-    assert len(counts) == MODELS + 1 == 51
+    assert len(counts) == NAMES + 1 == 51
     assert counts['osp_tokens_total{model="other",kind="answer"}'] == 20
     assert counts['osp_tokens_total{model="m0",kind="answer"}'] == 4
 

@@ -1,0 +1,115 @@
+"""Rounds: makes the answers to several requests one, as if a model had called tools by itself.
+
+The calls in an answer are taken out, and its end is kept back. Either another round follows, whose
+frames continue the same answer, or the answer ends here, with those calls that are the client's.
+The counters of all rounds are added up. A whole answer is a stream of one frame, which is its end.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from kernel.agent import Message
+from kernel.dialects import Chunk, Dialect, JointState, Result, ToolCall
+
+
+class Rounds:
+    """The answer that is made of rounds, and what the model said in the present one."""
+
+    def __init__(self, dialect: Dialect, *, whole: bool) -> None:
+        self._dialect = dialect
+        self._whole = whole
+        self._state = JointState()
+        self._earlier: list[Chunk] = []  # the end of the rounds before this one
+        self._last: Chunk = {}  # a frame after which others can be made
+        self._broken = False
+        self._begin()
+
+    def _begin(self) -> None:
+        self.calls: dict[Any, ToolCall] = {}
+        self._text: list[str] = []
+        self._thinking: list[str] = []
+        self._ending: list[tuple[bytes, Chunk | None, bool]] = []  # the last: a frame has changed
+
+    @property
+    def is_complete(self) -> bool:
+        """The answer of this round has come to its end."""
+        return bool(self._ending) and not self._broken
+
+    def take(self, frame: bytes) -> list[bytes]:
+        """Return the frames that take the place of `frame`, but for calls and the end."""
+        chunk = self._dialect.parse(frame)
+        try:
+            if chunk is not None and not self._broken:
+                return self._take(frame, chunk)
+        except (LookupError, TypeError, AttributeError):
+            return [frame]  # it is not of the dialect's form
+        if self._ending and not self._broken:
+            self._ending.append((frame, None, False))
+            return []
+        return [frame]
+
+    def _take(self, frame: bytes, chunk: Chunk) -> list[bytes]:
+        dialect = self._dialect
+        if dialect.is_error(chunk):
+            self._broken = True
+            return [frame]
+        places = dialect.places(chunk)
+        self._text += [holder[key] for holder, key in places]
+        self._thinking.append(dialect.thoughts(chunk))
+        self._last = chunk if dialect.message(chunk) or not self._last else self._last
+        left = dialect.take(chunk, self.calls)
+        if left == {}:
+            return []
+        if dialect.ends(chunk):
+            said = [] if self._whole else places  # a text beside the end does not wait with it
+            frames = [dialect.encode(dialect.piece(chunk, holder[key])) for holder, key in said]
+            for holder, key in said:
+                holder[key] = ""
+            self._ending.append((frame, chunk, bool(said) or left is not None))
+            return frames
+        joined = dialect.join(chunk, self._state)
+        if joined is None:
+            return []
+        return [dialect.edit(frame, chunk) if joined or left is not None else frame]
+
+    def history(self, results: Sequence[tuple[ToolCall, Result]]) -> list[Message]:
+        """Return this round as messages of the payload, with the calls that have results."""
+        calls = [call for call, _ in results]
+        said = self._dialect.spoken("".join(self._text), "".join(self._thinking), calls)
+        return said + self._dialect.results(results)
+
+    def go_on(self) -> None:
+        """Begin the next round."""
+        ends = [chunk for _, chunk, _ in self._ending if chunk is not None]
+        for end in ends:
+            self._merge(end)
+        self._earlier = ends
+        self._state.round += 1
+        self._state.places = {}
+        self._begin()
+
+    def finish(self, calls: Sequence[ToolCall]) -> list[bytes]:
+        """Return what ends the answer, with these calls for the client."""
+        dialect, frames = self._dialect, []
+        if calls and not self._whole:
+            chunks = dialect.call(self._last, calls, self._state)
+            frames += [dialect.encode(chunk) for chunk in chunks]
+        for frame, chunk, changed in self._ending:
+            if chunk is None:
+                frames.append(frame)
+                continue
+            self._merge(chunk)
+            if self.calls and not calls:
+                dialect.stop(chunk)
+            if calls and self._whole:
+                dialect.put(chunk, calls)
+            joined = dialect.join(chunk, self._state)
+            changed = changed or bool(joined or self._earlier or self.calls)
+            frames.append(dialect.edit(frame, chunk) if changed else frame)
+        return frames
+
+    def _merge(self, end: Chunk) -> None:
+        for earlier in self._earlier:
+            self._dialect.merge(earlier, end)

@@ -1,0 +1,204 @@
+"""Tools: what agents offer to the model, what it calls, and what the user is asked before.
+
+A call of a tool that needs consent is shown to the user, and made after `/yes`. Nothing is stored:
+the call is read from the text in which it was shown, and a code behind it, made with a key in the
+proxy's data folder, says that this text is what the user of this request was shown.
+
+Where the model calls tools of agents and of the client in one breath, the client gets its own. The
+others travel in the id of the client's first call, and are made when it comes back with results.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import hmac
+import json
+import os
+import re
+import secrets
+import tempfile
+import zlib
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from kernel.agent import Call, Message, Tool
+from kernel.dialects import Result, ToolCall, dumps, loads, table
+from kernel.errors import NotAllowed, PluginExecutionError
+
+NAME = re.compile(r"\S{1,128}")  # of a tool
+MARK = "_osp_"  # in the id of a call: behind it stand calls for which the proxy is waiting
+CARRIED = re.compile(rf"{MARK}([\w-]+)\Z", re.ASCII)
+IDS = ("id", "call_id", "tool_call_id", "tool_use_id")
+MOST = 2**16  # bytes of the calls that an id can carry
+
+CONTENTS = {"text": ("text",), "image": ("data", "mimeType")}  # of a result
+
+ASKED = "This would be called:"
+SHOWN = re.compile(rf"{ASKED}\n\n(`{{3,}})\n(.*)\n\1\n\n[^\n]*\(osp:(\w+)\)\s*", re.S)
+ALTERED = "this is not what you were asked, so nothing was done"
+HIDDEN = re.compile(r"[^ -~]")  # looked at one by one: what does not print is shown as its number
+
+
+def checked(offered: Any) -> list[Tool]:
+    """Return the tools that an agent offers, as plain values. Raises PluginExecutionError."""
+    if not isinstance(offered, list):
+        raise PluginExecutionError("self.tools must be a list of tools")
+    for tool in offered:
+        name, schema = table(tool).get("name"), table(tool).get("parameters", {})
+        if not (isinstance(name, str) and NAME.fullmatch(name)):
+            raise PluginExecutionError(f"self.tools: a tool needs a name without spaces: {name!r}")
+        if not (isinstance(schema, dict) and isinstance(tool.get("description", ""), str)):
+            text = "needs a text as its description, and a JSON schema as its parameters"
+            raise PluginExecutionError(f"self.tools: {name} {text}")
+    try:
+        dumps(offered)
+    except (TypeError, ValueError, RecursionError) as exc:
+        raise PluginExecutionError(f"self.tools: cannot be sent: {exc}") from exc
+    return offered
+
+
+def seen(call: ToolCall, number: int, agent: str) -> Call:
+    """Return a call as agents see it. Arguments that are no object stand under the name ""."""
+    try:
+        arguments = loads(call.arguments.encode() or b"{}")
+    except (ValueError, RecursionError):
+        arguments = None
+    if not isinstance(arguments, dict):
+        arguments = {"": call.arguments}
+    return {"id": str(number), "name": call.name, "arguments": arguments, "agent": agent}
+
+
+def judged(result: Any, known: Iterable[str]) -> list[Call]:
+    """Return what an agent made of calls with the ids `known`. Raises PluginExecutionError."""
+    if not isinstance(result, list):
+        raise PluginExecutionError("on_calls must return the list of calls")
+    for call in result:
+        named = isinstance(table(call).get("name"), str) and call.get("id") in known
+        if not (named and isinstance(call.get("arguments"), dict)):
+            raise PluginExecutionError("on_calls returned what is no call, or one of its own")
+    try:
+        dumps(result)
+    except (TypeError, ValueError, RecursionError) as exc:
+        raise PluginExecutionError(f"on_calls returned what cannot be sent: {exc}") from exc
+    return result
+
+
+def change(call: ToolCall, to: Sequence[Call]) -> None:
+    """Give a call the name and the arguments that agents left; none: they refuse it."""
+    call.refused = not to
+    for left in to[:1]:
+        arguments = left["arguments"]
+        if arguments != seen(call, 0, "")["arguments"]:
+            bare = list(arguments) == [""] and isinstance(arguments[""], str)
+            call.arguments = arguments[""] if bare else dumps(arguments).decode()
+        call.name = left["name"]
+
+
+def result_of(value: Any) -> Result:
+    """Return what a tool returned, if it is of the contract. Raises PluginExecutionError."""
+    if isinstance(value, str):
+        return value
+    parts = [table(part) for part in value] if isinstance(value, list) else [{}]
+    for part in parts:
+        keys = CONTENTS.get(str(part.get("type")))
+        if not (keys and all(isinstance(part.get(key), str) for key in keys)):
+            text = "on_tool must return text, or a list of MCP's contents of the type text or image"
+            raise PluginExecutionError(f"returned {type(value).__name__}, but {text}")
+    return parts
+
+
+def carry(call: ToolCall, others: Sequence[ToolCall]) -> None:
+    """Let the id of a call carry others, if they are not too many."""
+    data = zlib.compress(dumps([[other.name, other.arguments] for other in others]))
+    if others and len(data) <= MOST:
+        call.id += MARK + base64.urlsafe_b64encode(data).rstrip(b"=").decode()
+        call.entry["id"] = call.id
+
+
+def unload(messages: list[Message]) -> list[ToolCall]:
+    """Take out of all ids what they carry; return the calls that wait: those of the last answer."""
+    waiting: dict[str, None] = {}
+    answered = passed = False
+    for message in reversed(messages):
+        answers = message.get("role") == "assistant" or message.get("type") == "function_call"
+        passed, answered = passed or (answered and not answers), answered or answers
+        carried = dict.fromkeys(unloaded(message))
+        waiting |= {} if passed else carried
+    return [call for text in waiting for call in decoded(text)]
+
+
+def unloaded(value: Any) -> Iterator[str]:
+    """Yield what the ids in a message carry, and take it out of them."""
+    for key, item in value.items() if isinstance(value, dict) else enumerate(value):
+        if key in IDS and isinstance(item, str) and (carried := CARRIED.search(item)):
+            value[key] = item[: carried.start()]
+            yield carried[1]
+        elif isinstance(item, dict | list):
+            yield from unloaded(item)
+
+
+def decoded(text: str) -> list[ToolCall]:
+    """Return the calls that an id carried; none if it was altered."""
+    try:
+        data = base64.urlsafe_b64decode(text + "=" * (-len(text) % 4))
+        pairs = loads(zlib.decompressobj().decompress(data, MOST))
+        return [ToolCall(str(name), str(arguments)) for name, arguments in pairs]
+    except (ValueError, TypeError, RecursionError, zlib.error):
+        return []
+
+
+@dataclass(frozen=True, slots=True)
+class Consent:
+    """Asks the user before calls are made; `folder` keeps the key, which is made when needed."""
+
+    folder: Path
+    prefix: str  # of commands
+
+    def ask(self, user: str, calls: Sequence[tuple[str, ToolCall]]) -> str:
+        """Return the text that asks; with each call stands the agent whose tool it is."""
+        lines = "\n".join(f"{agent} {call.name} {visible(call)}" for agent, call in calls)
+        fence = "`" * max(3, *(len(run) + 1 for run in re.findall("`+", lines)), 0)
+        cure = f"Type {self.prefix}yes to do it, or anything else."
+        code = self._code(user, lines)
+        return f"{ASKED}\n\n{fence}\n{lines}\n{fence}\n\n{cure} (osp:{code})"
+
+    def given(self, user: str, text: str) -> tuple[str, list[tuple[str, ToolCall]]] | None:
+        """Return the text before the question that ends a text, and the calls; None: it asks none.
+
+        Raises NotAllowed if this is not what this proxy asked this user.
+        """
+        at = text.rfind(ASKED)
+        found = SHOWN.fullmatch(text, at) if at >= 0 else None
+        if not found:
+            return None
+        if not hmac.compare_digest(found[3], self._code(user, found[2])):
+            raise NotAllowed(ALTERED)
+        shown = [line.split(" ", 2) for line in found[2].split("\n")]
+        return text[:at].rstrip(), [(agent, ToolCall(name, text)) for agent, name, text in shown]
+
+    def _code(self, user: str, lines: str) -> str:
+        data = f"{user}\0{lines}".encode(errors="surrogatepass")
+        return hmac.new(self._key(), data, hashlib.sha256).hexdigest()[:24]
+
+    def _key(self) -> bytes:
+        file = self.folder / "consent.key"
+        if not file.exists():
+            self.folder.mkdir(parents=True, exist_ok=True)
+            descriptor, name = tempfile.mkstemp(dir=self.folder)  # readable for its owner alone
+            with open(descriptor, "wb") as new:
+                new.write(secrets.token_bytes(32))
+            os.replace(name, file)
+        return file.read_bytes()
+
+
+def visible(call: ToolCall) -> str:
+    """Return the arguments of a call as JSON in which every sign can be seen."""
+    text = dumps(loads(call.arguments.encode() or b"{}")).decode()
+    return HIDDEN.sub(lambda sign: sign[0] if sign[0].isprintable() else escaped(sign[0]), text)
+
+
+def escaped(sign: str) -> str:
+    return json.dumps(sign)[1:-1]
