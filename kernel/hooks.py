@@ -18,7 +18,7 @@ import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import suppress
 from dataclasses import dataclass
-from inspect import CO_COROUTINE, getattr_static, isawaitable
+from inspect import CO_COROUTINE, isawaitable
 from typing import Any, TypeVar
 
 from kernel import tools
@@ -180,13 +180,14 @@ class Run(HookRunner):
 
     def tools(self) -> list[Tool]:
         """Return the tools that the agent offers; none, and that it failed, if they are wrong."""
-        offered = vars(self.agent).get("tools", getattr_static(self.agent, "tools"))
         try:
-            return tools.checked(plain(offered))
+            offered = tools.offered_by(self.agent)
         except PluginExecutionError as exc:
             if isinstance(failure := self._failed("tools", exc), Aborted):
                 raise failure from exc
             return []
+        self.plugin.tools = [tool["name"] for tool in offered] or self.plugin.tools
+        return offered
 
     def needs_consent(self, tool: Tool) -> bool:
         """Tell whether the user is asked before a tool is called."""

@@ -58,6 +58,7 @@ class Plugin:
     error: PluginLoadError | None = None
     description: str = ""
     hooks: tuple[str, ...] = ()  # those that it overrides
+    tools: list[str] = field(default_factory=list)  # names of those that it offered last
     own: dict[str, list[Any]] = field(default_factory=dict)  # `contents` that requests get anew
     places: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(THREADS))
     left_behind: set[asyncio.Task[Any]] = field(default_factory=set)  # hooks that took too long

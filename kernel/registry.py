@@ -26,6 +26,7 @@ from kernel.foreign import load_error, safe_text
 from kernel.hooks import HookRunner
 from kernel.models import matches
 from kernel.plugin import Plugin, owned, scan
+from kernel.tools import offered_by
 
 logger = logging.getLogger(__name__)
 
@@ -91,6 +92,7 @@ class PluginRegistry:
                 agent = await runner.run(self, "_make", (plugin,))
                 self._set_up[plugin] = agent
                 await runner.run(agent, "setup", (), lambda _: plugin.keep_unchanged(agent))
+                plugin.tools = [tool["name"] for tool in offered_by(agent)]
                 plugin.agent = agent
         except (OSPError, Reply) as exc:
             self._set_up.pop(plugin, None)

@@ -21,12 +21,14 @@ import tempfile
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from inspect import getattr_static
 from pathlib import Path
 from typing import Any
 
-from kernel.agent import Call, Message, Tool
+from kernel.agent import BaseAgent, Call, Message, Tool
 from kernel.dialects import Result, ToolCall, dumps, loads, table
 from kernel.errors import NotAllowed, PluginExecutionError
+from kernel.foreign import plain
 
 NAME = re.compile(r"\S{1,128}")  # of a tool
 MARK = "_osp_"  # in the id of a call: behind it stand calls for which the proxy is waiting
@@ -42,8 +44,9 @@ ALTERED = "this is not what you were asked, so nothing was done"
 HIDDEN = re.compile(r"[^ -~]")  # looked at one by one: what does not print is shown as its number
 
 
-def checked(offered: Any) -> list[Tool]:
+def offered_by(agent: BaseAgent) -> list[Tool]:
     """Return the tools that an agent offers, as plain values. Raises PluginExecutionError."""
+    offered = plain(vars(agent).get("tools", getattr_static(agent, "tools")))
     if not isinstance(offered, list):
         raise PluginExecutionError("self.tools must be a list of tools")
     for tool in offered:
@@ -56,8 +59,8 @@ def checked(offered: Any) -> list[Tool]:
     try:
         dumps(offered)
     except (TypeError, ValueError, RecursionError) as exc:
-        raise PluginExecutionError(f"self.tools: cannot be sent: {exc}") from exc
-    return offered
+        raise PluginExecutionError(f"self.tools: cannot be sent: {exc}") from None
+    return list(offered)
 
 
 def seen(call: ToolCall, number: int, agent: str) -> Call:

@@ -612,7 +612,7 @@ class Turn:
         offering = {id(run) for run, _ in self.tools.values()}
         for run in (run for run in self.runs if run.due and id(run) not in offering):
             for tool in run.tools():
-                name = tool["name"]
+                name, run.outcome = tool["name"], run.outcome or "ok"
                 while name in taken:
                     name = f"{run.plugin.name}_{name}"
                 taken.add(name)
@@ -763,7 +763,10 @@ async def result_of(turn: Turn, call: ToolCall) -> Result:
     if call.name not in turn.tools:
         return f"failed: there is no tool {call.name!r}"
     run, tool = turn.tools[call.name]
-    return await run.use(tool["name"], tools.seen(call, 0, "")["arguments"])
+    arguments = tools.seen(call, 0, "")["arguments"]
+    if "" in arguments:
+        return "failed: the arguments are no JSON object"
+    return await run.use(tool["name"], arguments)
 
 
 async def gathered(work: Iterable[Coroutine[Any, Any, T]]) -> list[T]:

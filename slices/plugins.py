@@ -49,6 +49,7 @@ def about(name: str, plugin: Plugin, metrics: Metrics | None, operator: bool) ->
         "description": plugin.description,
         "folder": str(plugin.folder),
         "hooks": plugin.hooks,
+        "tools": plugin.tools,
         "progress": safe_text(lambda: getattr(plugin.agent, "progress", "")),
     }
     shown |= {key: getattr(plugin.config, key) for key in CONFIG}

@@ -18,6 +18,7 @@ from starlette.types import Receive, Scope, Send
 import demo
 import osp
 from kernel.config import Config, build
+from kernel.dialects import JointState, ToolCall
 from kernel.dialects.every import DIALECTS
 from kernel.server import SETTINGS
 
@@ -75,6 +76,24 @@ def frames(path: str, *texts: str) -> list[bytes]:
 def whole(path: str, text: str) -> bytes:
     """Return an answer in one piece."""
     return BY_PATH[path].encode_whole(timeless(BY_PATH[path].whole(HEADS[path], text)))
+
+
+def calling(path: str, text: str, *calls: tuple[str, Any], stream: bool = True) -> bytes:
+    """Return an answer that says `text` and calls tools: (name, arguments) each."""
+    dialect, state = BY_PATH[path], JointState(blocks=bool(text))
+    made = [ToolCall(name, json.dumps(arguments)) for name, arguments in calls]
+    if not stream:
+        chunk = timeless(dialect.whole(HEADS[path], text))
+        dialect.put(chunk, made)
+        return dialect.encode_whole(chunk)
+    chunks = [timeless(chunk) for chunk in dialect.speech(HEADS[path], text)]
+    says = [chunk for chunk in chunks if dialect.places(chunk) or "index" in chunk]
+    says += [chunk for chunk in chunks if path == RESPONSES and "response" not in chunk]
+    at = next(n for n, chunk in enumerate(chunks) if dialect.ends(chunk))
+    chunks[at:at] = dialect.call(chunks[0], made, state)
+    kept = [chunk for chunk in chunks if text or chunk not in says]
+    frames = [dialect.encode(dialect.numbered(chunk, n)) for n, chunk in enumerate(kept)]
+    return b"".join([*frames, dialect.done()])
 
 
 def timeless(chunk: dict[str, Any]) -> dict[str, Any]:
@@ -146,6 +165,7 @@ class FakeOllama:
     before: Callable[[], Any] | None = None
     steps: tuple[Any, ...] = ()
     script: list[tuple[Any, ...]] = field(default_factory=list)  # of requests that come in turn
+    statuses: list[int] = field(default_factory=list)  # of their answers; then 200
     may_say: bool = True  # no test has said what it answers
 
     def answers(
@@ -216,7 +236,8 @@ class FakeOllama:
     async def answer(self, send: Send) -> None:
         if self.before:
             await self.before()
-        await send(self.head)
+        status = self.statuses.pop(0) if self.statuses else self.head["status"]
+        await send(self.head | {"status": status})
         for step in self.script.pop(0) if self.script else self.steps:
             if callable(step):
                 await step()

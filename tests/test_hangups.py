@@ -51,6 +51,7 @@ AGENTS = {
     **{f"later-{hook}": LATER.format(hook=hook) for hook in HOOKS},
     **{f"asks-{hook}": WAITS.format(hook=hook, waits=ASKS) for hook in HOOKS[:2]},
     **{f"embeds-{hook}": WAITS.format(hook=hook, waits=EMBEDS) for hook in HOOKS[:2]},
+    "waits-on_tool": WAITS.format(hook="on_tool", waits=FOREVER) + '    tools = [{"name": "w"}]',
     "passes": "class Passes(BaseAgent):\n    async def on_chunk(self, text):\n        return text",
 }
 
@@ -222,6 +223,22 @@ async def test_leaving_in_a_request_hook_cancels_it_closes_what_it_asks_and_star
     await until(lambda: len(log.said) > 1)  # it is told when the request has ended already
     assert log.said == ["began", "cancelled"]
     assert upstream.arrived == BEFORE[agent]
+
+
+async def test_leaving_while_tools_run_cancels_all_of_them(house: House, log: Watched) -> None:
+    call = {"function": {"name": "w", "arguments": {}}}
+    begin = streamed(CHATS[0], line("a", message={"tool_calls": [call, call]}), done())
+    house.serve = upstream = Holding(begin + b"0\r\n\r\n", complete=True)
+    body = json.dumps(turn("/waits-on_tool x")).encode()
+
+    async with connection(house.url) as (reader, writer):
+        writer.write(request("POST", CHATS[0], body))
+        await reader.readuntil(line("a"))
+        await until(lambda: log.said == ["began", "began"])
+
+    await is_left(house, log, upstream, CHATS[0])
+    await until(lambda: log.said == ["began", "began", "cancelled", "cancelled"])
+    assert upstream.arrived == [CHATS[0]]
 
 
 @pytest.mark.parametrize("stream", [True, False])

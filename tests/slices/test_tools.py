@@ -6,12 +6,34 @@ The first round of most answers here is what a real Ollama answered, in each dia
 from __future__ import annotations
 
 import json
+import logging
 import re
+from collections.abc import Sequence
 from typing import Any
 
+import httpx
 import pytest
 
-from tests.support import BY_PATH, CHAT, COMPLETIONS, MESSAGES, PATHS, RESPONSES, House, said
+from kernel.dialects import Dialect, ToolCall, table
+from tests.support import (
+    BY_PATH,
+    CHAT,
+    COMPLETIONS,
+    DONE,
+    MESSAGES,
+    NOTICE,
+    PATHS,
+    RESPONSES,
+    House,
+    calling,
+    chat,
+    done,
+    event,
+    line,
+    message,
+    outcomes,
+    said,
+)
 from tests.test_recordings import RECORDINGS, raw
 
 NAMES = dict(zip(PATHS, ("chat", "v1chat", "messages", "responses"), strict=True))
@@ -47,13 +69,13 @@ def history(house: House, path: str) -> list[Any]:
     return messages[1:] if isinstance(messages, list) else []
 
 
-def check(path: str, body: bytes, stream: bool) -> None:
+def check(path: str, body: bytes, stream: bool, *, counted: bool = True) -> None:
     """Check what clients rely on: one beginning and one end, numbers without gaps, sums."""
     found = chunks(path, body)
     ends = [chunk for chunk in found if BY_PATH[path].ends(chunk)]
     kinds = [chunk.get("type") for chunk in found]
     usage = [count for chunk in ends for count in numbers(BY_PATH[path].counts(chunk))]
-    assert not usage or usage == sums(path, stream)
+    assert not counted or not usage or usage == sums(path, stream)
     if not stream:
         assert len(found) == 1
     elif path == CHAT:
@@ -160,3 +182,641 @@ async def test_a_call_is_made_and_the_answer_goes_on(house: House, path: str, st
     [name] = {*re.findall(r"call_\w{8}", made)}
     expected = CALLED[path][1:] if dropped else CALLED[path]
     assert json.loads(made.replace(name, "ID")) == expected
+
+
+# One turn with several rounds. `calling` makes what the model says.
+
+TOOLS = """
+class It(BaseAgent):
+    tools = [{"name": name} for name in "add fail hang abort gone both".split()]
+    async def setup(self):
+        self.met = asyncio.Barrier(2)
+    async def on_tool(self, name, arguments):
+        if name == "add":
+            return str(arguments["a"] + arguments["b"])
+        if name == "both":
+            await self.met.wait()
+            return arguments["of"]
+        if name == "hang":
+            await asyncio.Event().wait()
+        if name == "abort":
+            raise Abort(418, "no tea")
+        raise LookupError("no such city: Atlantis")
+"""
+
+
+def results(house: House, path: str = CHAT) -> list[str]:
+    """Return what the model was told in the last request."""
+    body = house.ollama.asked[-1].json
+    items = body["input" if path == RESPONSES else "messages"]
+    blocks = [block for item in items for block in item.get("content") or [] if path == MESSAGES]
+    told = [block["content"] for block in blocks if table(block).get("type") == "tool_result"]
+    told += [item["output"] for item in items if item.get("type") == "function_call_output"]
+    return told + [item["content"] for item in items if item.get("role") == "tool"]
+
+
+async def say(
+    house: House,
+    path: str,
+    typed: str,
+    *rounds: bytes,
+    stream: bool = True,
+    history: Sequence[Any] = (),
+    **more: Any,
+) -> httpx.Response:
+    """Type something, and what came after it; the model says one round for each request."""
+    house.ollama.says_in_turn(path, *rounds, stream=stream)
+    return await house.ask(path, typed, *history, stream=stream, **more)
+
+
+@pytest.mark.parametrize(("path", "stream"), WAYS)
+async def test_rounds_with_calls_side_by_side_are_one_answer(
+    house: House, path: str, stream: bool
+) -> None:
+    house.write("all", TOOLS)
+    rounds = [
+        calling(path, "One. ", ("both", {"of": "x"}), ("both", {"of": "y"}), stream=stream),
+        calling(path, "", ("add", {"a": 2, "b": 3}), stream=stream),
+        calling(path, "Two.", stream=stream),
+    ]
+
+    answer = await say(house, path, "/all go", *rounds, stream=stream)
+
+    assert said(answer.content) == "One. Two." and results(house, path) == ["x", "y", "5"]
+    assert outcomes(answer) == "all;ok" and len(house.ollama.asked) == 3
+    assert not called(path, answer.content)
+
+
+FAILURES = {
+    "fail": "failed: LookupError: no such city: Atlantis",
+    "hang": "failed: TimeoutError: took longer than 0.2 seconds",
+    "add": "failed: KeyError: 'a'",
+}
+
+
+async def test_the_model_is_told_what_a_tool_could_not_do(house: House) -> None:
+    house.write("all", TOOLS, timeout=0.2)
+    calls: list[tuple[str, Any]] = [(name, {}) for name in FAILURES]
+
+    answer = await say(house, CHAT, "/all go", calling(CHAT, "", *calls), calling(CHAT, "Sorry."))
+
+    assert results(house) == [*FAILURES.values()]
+    assert said(answer.content) == "Sorry." and outcomes(answer) == "all;ok"
+
+
+@pytest.mark.parametrize("arguments", ["7", "[]", '{"a":', '"x"'])
+async def test_arguments_that_are_no_object_are_told_too(house: House, arguments: str) -> None:
+    house.write("all", TOOLS)
+    broken = calling(COMPLETIONS, "", ("add", {})).replace(b'"{}"', json.dumps(arguments).encode())
+
+    await say(house, COMPLETIONS, "/all go", broken, calling(COMPLETIONS, "Sorry."))
+
+    assert results(house, COMPLETIONS) == ["failed: the arguments are no JSON object"]
+
+
+@pytest.mark.parametrize("stream", [True, False])
+async def test_a_tool_may_abort_the_request(house: House, stream: bool) -> None:
+    house.write("all", TOOLS)
+    first = calling(CHAT, "Text", ("abort", {}), ("hang", {}), stream=stream)
+
+    answer = await say(house, CHAT, "/all go", first, stream=stream)
+
+    assert answer.status_code == (200 if stream else 418) and b"no tea" in answer.content
+    assert b'"done":true' not in answer.content
+
+
+@pytest.mark.parametrize(("path", "stream"), WAYS)
+async def test_after_the_last_round_the_model_has_our_tools_no_more(
+    house: House, path: str, stream: bool
+) -> None:
+    house.write("all", TOOLS)
+    house.ollama.says_in_turn(path, calling(path, "", ("add", {}), stream=stream), stream=stream)
+
+    async with house.open(chain={"rounds": 2}) as client:
+        answer = await house.post(client, path, "/all go", stream=stream)
+
+    assert ["tools" in asked.json for asked in house.ollama.asked] == [True, True, False]
+    assert said(answer.content) == "" and not re.search(rb'"tool_(use|calls)"', answer.content)
+
+
+async def test_calls_that_come_in_pieces_are_put_together(house: House) -> None:
+    house.write("all", TOOLS)
+    pieces = [
+        [{"index": 0, "id": "call_a", "function": {"name": "add", "arguments": '{"a":'}}],
+        [{"index": 1, "id": "call_b", "function": {"name": "add", "arguments": ""}}],
+        [{"index": 0, "function": {"arguments": '1,"b":1}'}}],
+        [{"index": 1, "function": {"arguments": '{"a":2,"b":2}'}}],
+    ]
+    first = b"".join(event(None, tool_calls=piece) for piece in pieces)
+
+    await say(
+        house,
+        COMPLETIONS,
+        "/all go",
+        first + event(None, "tool_calls") + DONE,
+        calling(COMPLETIONS, ""),
+    )
+
+    assert results(house, COMPLETIONS) == ["2", "4"]
+
+
+# The client's own tools
+
+
+MIXED = [("add", {"a": 1, "b": 1}), ("theirs", {"q": [1, "ü"]}), ("add", {"a": 2, "b": 2})]
+
+
+def offered(path: str, *names: str) -> list[Any]:
+    """Return tools of the client's own."""
+    return BY_PATH[path].offer([{"name": name, "description": "d"} for name in names])
+
+
+def called(path: str, body: bytes) -> list[ToolCall]:
+    """Return the calls that the client got."""
+    calls: dict[Any, ToolCall] = {}
+    for chunk in chunks(path, body):
+        BY_PATH[path].take(chunk, calls)
+    return [*calls.values()]
+
+
+@pytest.mark.parametrize(("path", "stream"), WAYS)
+async def test_the_client_gets_its_own_calls_and_ours_are_made_when_it_comes_back(
+    house: House, path: str, stream: bool
+) -> None:
+    house.write("all", TOOLS)
+    dialect, tools = BY_PATH[path], offered(path, "theirs")
+    first = calling(path, "Wait. ", *MIXED, stream=stream)
+
+    answer = await say(house, path, "/all go", first, stream=stream, tools=tools)
+    [call] = called(path, answer.content)
+
+    assert said(answer.content) == "Wait. " and call.name == "theirs"
+    assert json.loads(call.arguments) == MIXED[1][1] and len(house.ollama.asked) == 1
+    came_back = dialect.spoken("Wait. ", "", [call]) + dialect.results([(call, "found")])
+    house.ollama.says_in_turn(path, calling(path, "Done.", stream=stream), stream=stream)
+    history = wired(path, came_back)
+    answer = await house.ask(path, "/all go", *history, stream=stream, tools=tools)
+    assert said(answer.content) == "Done." and results(house, path) == ["found", "2", "4"]
+    assert "_osp_" not in json.dumps(house.ollama.asked[-1].json)
+
+
+def wired(path: str, messages: list[Any]) -> list[Any]:
+    """Return messages of a payload as the client sends them."""
+    body = BY_PATH[path].write({"messages": messages}, {})
+    sent: list[Any] = body["input" if path == RESPONSES else "messages"]
+    return sent
+
+
+async def test_calls_that_came_back_are_made_once_and_old_ones_never(house: House) -> None:
+    house.write("all", TOOLS)
+    answer = await say(house, CHAT, "/all go", calling(CHAT, "", *MIXED))
+    [call] = called(CHAT, answer.content)
+    step = [*Dialect().spoken("", "", [call]), *Dialect().results([(call, "found")])]
+    again = ToolCall("theirs", "{}")
+    later = [*Dialect().spoken("", "", [again]), *Dialect().results([(again, "more")])]
+
+    await say(house, CHAT, "/all go", calling(CHAT, "Done."), history=[*step, *later])
+    assert results(house) == ["found", "more"]
+    await say(
+        house, CHAT, "/all go", calling(CHAT, "Done."), history=[*step, message("user", "so?")]
+    )
+    assert results(house) == ["found"]
+
+
+@pytest.mark.parametrize("data", ["", "x", "eJw", "A" * 99, "eJyLjgUAARUAuQ"])
+async def test_what_an_id_carries_may_be_anything(house: House, data: str) -> None:
+    house.write("all", TOOLS)
+    call = ToolCall("theirs", "{}", f"call_1_osp_{data}")
+    step = [*Dialect().spoken("", "", [call]), *Dialect().results([(call, "found")])]
+
+    answer = await say(house, CHAT, "/all go", calling(CHAT, "Done."), history=step)
+
+    assert said(answer.content) == "Done." and results(house) == ["found"]
+
+
+@pytest.mark.parametrize("path", PATHS)
+async def test_a_name_of_the_clients_stays_and_ours_gets_the_agents_before_it(
+    house: House, path: str
+) -> None:
+    house.write("all", TOOLS)
+    house.write("other", TOOLS)
+    calls = [("all_add", {"a": 1, "b": 1}), ("other_add", {"a": 2, "b": 2})]
+
+    await say(
+        house,
+        path,
+        "/all /other go",
+        calling(path, "", *calls),
+        calling(path, "Done."),
+        tools=offered(path, "add"),
+    )
+
+    tools = house.ollama.asked[0].json["tools"]
+    names = [tool.get("function", tool)["name"] for tool in tools]
+    assert names[0] == "add" and len({*names}) == len(names) == 13
+    assert {"all_add", "fail", "other_fail", "other_add"} < {*names}
+    assert results(house, path) == ["2", "4"]
+
+
+async def test_tools_that_are_no_list_are_for_ollama_to_judge(house: House) -> None:
+    house.write("all", TOOLS)
+
+    await say(house, CHAT, "/all go", calling(CHAT, ""), tools="none")
+
+    assert house.ollama.asked[0].json["tools"] == "none"
+
+
+# Consent
+
+ASKS = """
+class It(BaseAgent):
+    tools = [{"name": "write", "consent": True}, {"name": "read"}]
+    async def on_tool(self, name, arguments):
+        return f"{name}: {arguments}"
+    async def on_response(self, response):
+        return response.upper()
+"""
+WRITES = ("write", {"path": "a`b\u202e.txt", "n": 5})
+CHANGES = [("a`b", "a`c"), ('"n":5', '"n":6'), ("asks write", "asks read"), ("(osp:", "(osp:0")]
+
+
+def spoken(path: str, text: str) -> list[Any]:
+    """Return what the model said as the client's history has it."""
+    item = {"role": "assistant", "content": text}
+    return [
+        item | {"content": [{"type": "output_text", "text": text}]} if path == RESPONSES else item
+    ]
+
+
+@pytest.mark.parametrize(("path", "stream"), WAYS)
+@pytest.mark.parametrize("text", ["", "I will. "])
+async def test_a_call_that_needs_consent_is_shown_and_made_after_yes(
+    house: House, path: str, stream: bool, text: str
+) -> None:
+    house.write("asks", ASKS)
+
+    rounds = calling(path, text, ("read", {}), WRITES, stream=stream)
+    answer = await say(house, path, "/asks go", rounds, stream=stream)
+    question = said(answer.content)
+
+    shown = '````\nasks read {}\nasks write {"path":"a`b\\u202e.txt","n":5}\n````'
+    assert question.startswith(f"{text.upper()}\n\nThis would be called:" if text else "This would")
+    assert shown.replace("````", "```") in question.replace("````", "```")
+    assert not called(path, answer.content) and len(house.ollama.asked) == 1
+    assert not re.search(rb'"tool_(use|calls)"', answer.content)
+
+    history = [*spoken(path, question), message("user", " /YES ")]
+    done = calling(path, "Done.", stream=stream)
+    answer = await say(house, path, "/asks go", done, stream=stream, history=history)
+
+    assert said(answer.content) == "DONE."
+    assert results(house, path) == ["read: {}", f"write: {WRITES[1]}"]
+    sent = json.dumps(house.ollama.asked[-1].json)
+    assert "yes" not in sent.lower() and "osp:" not in sent and '"go"' in sent
+
+
+@pytest.mark.parametrize(("old", "new"), CHANGES)
+async def test_a_call_that_was_altered_is_not_made(house: House, old: str, new: str) -> None:
+    house.write("asks", ASKS)
+    answer = await say(house, CHAT, "/asks go", calling(CHAT, "", WRITES))
+    question = said(answer.content)
+    assert old in question
+    history = [*spoken(CHAT, question.replace(old, new)), message("user", "/yes")]
+
+    answer = await house.ask(CHAT, "/asks go", *history)
+
+    assert said(answer.content) == "this is not what you were asked, so nothing was done"
+    assert len(house.ollama.asked) == 1
+
+
+async def test_yes_is_a_word_like_others_where_nothing_was_asked(house: House) -> None:
+    house.write("asks", ASKS)
+    history = [*spoken(CHAT, "Is what?"), message("user", "/yes")]
+    body = {"model": "m", "messages": [message("user", "Is it?"), *history]}
+    house.ollama.answers(line("y"), done())
+
+    async with house.open() as client:
+        await client.post(CHAT, json=body)
+        await say(house, CHAT, "/asks go", calling(CHAT, ""), history=history)
+
+    assert house.ollama.asked[0].json == body
+    assert house.ollama.asked[1].json["messages"][-1]["content"] == "/yes"
+
+
+async def test_yes_counts_for_the_one_who_was_asked_and_for_agents_that_are_here(
+    house: House,
+) -> None:
+    house.write("asks", ASKS)
+    keys = {"access": {"keys": ["ada", "bob"]}}
+    house.ollama.says_in_turn(CHAT, calling(CHAT, "", WRITES), calling(CHAT, "Done."), stream=True)
+
+    async def ask(key: str, *history: Any) -> str:
+        body = chat(CHAT, "/asks go", *history)
+        async with house.open(**keys) as client:
+            return said((await client.post(CHAT, json=body, headers={"x-api-key": key})).content)
+
+    asked = spoken(CHAT, await ask("ada"))
+    assert "nothing was done" in await ask("bob", *asked, message("user", "/yes"))
+    assert await ask("ada", *asked, message("user", "/yes")) == "DONE."
+    await house.ask(CHAT, "go", *asked, message("user", "/yes"), header="/asks")
+    assert results(house) == [f"write: {WRITES[1]}"]
+
+
+async def test_an_operator_asks_for_consent_with_a_setting(house: House) -> None:
+    house.write("all", TOOLS, settings={"ask": ["add"]})
+
+    answer = await say(house, CHAT, "/all go", calling(CHAT, "", ("add", {"a": 1, "b": 1})))
+
+    assert '\nall add {"a":1,"b":1}\n' in said(answer.content)
+
+
+async def test_a_call_that_an_id_carries_needs_consent_too(house: House) -> None:
+    house.write("asks", ASKS)
+    answer = await say(house, CHAT, "/asks go", calling(CHAT, "", WRITES, ("theirs", {})))
+    [call] = called(CHAT, answer.content)
+    step = [*Dialect().spoken("", "", [call]), *Dialect().results([(call, "found")])]
+
+    answer = await say(house, CHAT, "/asks go", calling(CHAT, "Done."), history=step)
+
+    assert said(answer.content).startswith("This would be called:\n")
+    assert len(house.ollama.asked) == 1
+
+
+# Guards, and who else judges
+
+GUARD = """
+class It(BaseAgent):
+    last = LAST
+    async def on_request(self, payload):
+        seen = " ".join(texts(payload))
+        if "Atlantis" in seen and self.context.continuation:
+            raise Abort(451, "no word of Atlantis")
+        payload["seen"] = payload.get("seen", 0) + 1
+        return map_texts(payload, lambda text: text.replace("secret", "hidden"))
+    async def on_calls(self, calls):
+        for call in calls:
+            text = json.dumps(call["arguments"]).replace("hidden", "secret")
+            call["arguments"] = json.loads(text)
+        return [call for call in calls if call["name"] != "fail"]
+    async def on_response(self, response):
+        return response.replace("hidden", "secret")
+"""
+LAST = GUARD.replace("LAST", "True")
+TELLS = """
+class It(BaseAgent):
+    tools = [{"name": name, "description": "a secret"} for name in ("tell", "fail", "sink")]
+    async def on_tool(self, name, arguments):
+        return f"{arguments['of']}, a secret" if name == "tell" else "Atlantis"
+"""
+
+
+@pytest.mark.parametrize(("path", "stream"), WAYS)
+@pytest.mark.parametrize("config", [{"always": True, "on_error": "abort"}, {"always": True}])
+async def test_what_tools_bring_in_is_seen_before_the_model_sees_it(
+    house: House, path: str, stream: bool, config: dict[str, Any]
+) -> None:
+    house.write("tells", TELLS)
+    house.write(
+        "judge", f"import json\n{GUARD.replace('LAST', str('on_error' not in config))}", **config
+    )
+    first = calling(path, "", ("tell", {"of": "my hidden"}), ("fail", {"of": 1}), stream=stream)
+    second = calling(path, "Your hidden.", stream=stream)
+
+    answer = await say(house, path, "/tells my secret", first, second, stream=stream)
+
+    assert said(answer.content) == "Your secret."
+    assert results(house, path) == ["my hidden, a hidden", "refused: this call is not allowed"]
+    bodies = [asked.body for asked in house.ollama.asked]
+    assert [json.loads(body)["seen"] for body in bodies] == [1, 2]
+    last = "on_error" not in config  # what agents offer is seen at once by those that are last
+    assert [b"secret" in body for body in bodies] == [not last, False]
+
+
+@pytest.mark.parametrize("stream", [True, False])
+async def test_a_guard_may_refuse_what_a_tool_returned(house: House, stream: bool) -> None:
+    house.write("tells", TELLS)
+    house.write("judge", f"import json\n{LAST}", always=True, on_error="abort")
+
+    answer = await say(
+        house, CHAT, "/tells x", calling(CHAT, "Hm.", ("sink", {}), stream=stream), stream=stream
+    )
+
+    assert b"no word of Atlantis" in answer.content and b'"done":true' not in answer.content
+    assert answer.status_code == (200 if stream else 451) and len(house.ollama.asked) == 1
+
+
+@pytest.mark.parametrize(("path", "stream"), WAYS)
+async def test_the_clients_calls_are_judged_as_well(house: House, path: str, stream: bool) -> None:
+    house.write("judge", f"import json\n{LAST}", always=True, on_error="abort")
+    calls = [("theirs", {"a": "my hidden", "b": 1}), ("fail", {}), ("theirs", {"of": "x"})]
+
+    first = calling(path, "So.", *calls, stream=stream)
+    answer = await say(
+        house, path, "my secret", first, stream=stream, tools=offered(path, "theirs", "fail")
+    )
+
+    got = [(call.name, json.loads(call.arguments)) for call in called(path, answer.content)]
+    assert got == [("theirs", {"a": "my secret", "b": 1}), ("theirs", {"of": "x"})]
+    assert said(answer.content) == "So." and len(house.ollama.asked) == 1
+
+
+async def test_a_refused_call_of_the_client_is_told_to_the_model(house: House) -> None:
+    house.write("judge", f"import json\n{LAST}", always=True)
+
+    rounds = [calling(CHAT, "", ("fail", {})), calling(CHAT, "Well.")]
+    answer = await say(house, CHAT, "x", *rounds, tools=offered(CHAT, "fail"))
+
+    assert said(answer.content) == "Well." and not called(CHAT, answer.content)
+    assert results(house) == ["refused: this call is not allowed"]
+
+
+JUDGES = {
+    "nothing": "return None",
+    "none": "return [7]",
+    "strange": "return [{'id': '9', 'name': 'add', 'arguments': {}}]",
+    "set": "calls[0]['arguments'] = {'a': {1}}; return calls",
+    "text": "calls[0]['arguments'] = '{}'; return calls",
+    "raises": "calls.clear(); raise ValueError('secret')",
+    "replies": "raise Reply('x')",
+}
+
+
+@pytest.mark.parametrize("name", JUDGES)
+async def test_a_judge_that_fails_judges_nothing_and_a_guard_lets_nothing_pass(
+    house: House, name: str
+) -> None:
+    house.write("all", TOOLS)
+    code = f"class It(BaseAgent):\n    async def on_calls(self, calls):\n        {JUDGES[name]}\n"
+    house.write("judge", code)
+    house.write("guard", code, always=True, on_error="abort", models=["guarded"])
+    rounds = [calling(CHAT, "", ("add", {"a": 1, "b": 1})), calling(CHAT, "Done.")]
+
+    skipped = await say(house, CHAT, "/all /judge go", *rounds)
+    assert results(house) == ["2"]
+    assert said(skipped.content) == "Done." + NOTICE.format("judge")
+
+    first = calling(CHAT, "", ("add", {}), stream=False)
+    refused = await say(house, CHAT, "/all go", first, model="guarded", stream=False)
+    assert refused.status_code == 500 and len(house.ollama.asked) == 3
+
+
+async def test_a_guard_judges_the_calls_in_what_agents_ask(house: House) -> None:
+    asks = """
+    class It(BaseAgent):
+        async def on_request(self, payload):
+            found = await self.context.message(payload["messages"], tools=[{"name": "w"}])
+            raise Reply(repr(found["tool_calls"]))
+    """
+    house.write("asks", asks)
+    house.write("judge", f"import json\n{LAST}", always=True, on_error="abort")
+    first = calling(CHAT, "", ("w", {"of": "hidden"}), ("fail", {}), stream=False)
+
+    answer = await say(house, CHAT, "/asks x", first, stream=False)
+
+    assert "secret" in said(answer.content) and "fail" not in said(answer.content)
+
+
+# What can go wrong on the way
+
+
+async def test_an_upstream_that_refuses_a_later_round_is_an_error(house: House) -> None:
+    house.write("all", TOOLS)
+    first = calling(CHAT, "One.", ("add", {}))
+    house.ollama.says_in_turn(CHAT, first, b'{"error":"out of memory"}', stream=True)
+    house.ollama.statuses = [200, 500]
+
+    answer = await house.ask(CHAT, "/all go")
+
+    assert said(answer.content) == "One." and b"out of memory" in answer.content
+    assert b'"done":true' not in answer.content
+
+
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("round_that_breaks", [0, 1])
+async def test_an_answer_that_breaks_off_is_never_ended(
+    house: House, path: str, round_that_breaks: int
+) -> None:
+    house.write("all", TOOLS)
+    rounds = [calling(path, "One.", ("add", {})), calling(path, "Two.")]
+    house.ollama.says_in_turn(path, *rounds, stream=True)
+    cut = rounds[round_that_breaks][: -len(rounds[round_that_breaks]) // 3]
+    house.ollama.script[round_that_breaks] = (cut, house.ollama.breaks)
+
+    with pytest.raises(httpx.RemoteProtocolError):
+        await house.ask(path, "/all go", stream=True)
+
+    assert len(house.ollama.asked) == 1 + round_that_breaks
+
+
+async def test_a_round_without_an_end_runs_nothing(house: House) -> None:
+    house.write("all", TOOLS)
+    cut = calling(CHAT, "One.", ("add", {})).splitlines(keepends=True)[:-1]
+
+    answer = await say(house, CHAT, "/all go", b"".join(cut))
+
+    assert said(answer.content) == "One." and len(house.ollama.asked) == 1
+
+
+# What the response hooks see, and what is shown
+
+HOLDS = """
+class It(BaseAgent):
+    async def on_response(self, response):
+        return f"<{response}>"
+"""
+FLOWS = """
+class It(BaseAgent):
+    async def on_chunk(self, text):
+        return text.upper()
+    async def on_end(self):
+        return "!"
+"""
+
+
+@pytest.mark.parametrize(("path", "stream"), WAYS)
+@pytest.mark.parametrize("texts", [("One.", "Two."), ("One.", ""), ("", "Two."), ("", "")])
+async def test_response_hooks_end_once_at_the_end_of_all_rounds(
+    house: House, path: str, stream: bool, texts: tuple[str, str]
+) -> None:
+    house.write("all", TOOLS)
+    house.write("holds", HOLDS)
+    house.write("flows", FLOWS)
+    rounds = [calling(path, texts[0], ("add", {}), stream=stream)]
+    rounds.append(calling(path, texts[1], stream=stream))
+
+    answer = await say(house, path, "/all /flows /holds go", *rounds, stream=stream)
+
+    text = "".join(texts)
+    assert said(answer.content) == (f"<{text.upper()}!>" if text else "")
+
+
+@pytest.mark.parametrize("path", [MESSAGES, RESPONSES])
+async def test_text_between_thoughts_is_one_text_for_agents(house: House, path: str) -> None:
+    house.write("all", TOOLS)
+    house.write("holds", HOLDS)
+    thinking = recorded(path, "think_think", stream=True)
+    rounds = [calling(path, "One. ", ("add", {})), thinking]
+
+    answer = await say(house, path, "/all /holds go", *rounds)
+
+    assert said(answer.content) == f"<One. {said(thinking)}>"
+    check(path, answer.content, stream=True, counted=False)
+
+
+async def test_explain_lists_the_tools_and_what_they_cost(house: House) -> None:
+    house.write("weather", WEATHER)
+
+    answer = await house.ask(CHAT, "/explain /weather how is it?")
+
+    cost = len(json.dumps(Dialect().offer([{"name": "w", "description": "the weather"}]))) // 4
+    shown = re.search(
+        r"offered these tools, about (\d+) tokens:\nw \(/weather\)", said(answer.content)
+    )
+    assert shown and cost / 2 < int(shown[1]) < cost * 3 and not house.ollama.asked
+
+
+async def test_calls_are_counted_logged_and_listed(
+    house: House, caplog: pytest.LogCaptureFixture
+) -> None:
+    house.write("all", TOOLS)
+    caplog.set_level(logging.INFO)
+    rounds = [calling(CHAT, "", ("add", {"a": 1, "b": 1}), ("fail", {})), calling(CHAT, "")]
+    house.ollama.says_in_turn(CHAT, *rounds, stream=True)
+
+    async with house.open() as client:
+        await house.post(client, CHAT, "/all go")
+        counts = (await client.get("/metrics")).text
+        [plugin] = (await client.get("/plugins")).json()["plugins"]
+
+    assert 'osp_tool_calls_total{agent="all",tool="add",outcome="ok"} 1' in counts
+    assert 'osp_tool_calls_total{agent="all",tool="fail",outcome="error"} 1' in counts
+    assert 'osp_tool_seconds_count{agent="all"} 2' in counts
+    assert plugin["tools"] == "add fail hang abort gone both".split()
+    lines = [vars(r)["fields"] for r in caplog.records if r.getMessage() == "tool called"]
+    assert [(line["tool"], line["outcome"]) for line in lines] == [("add", "ok"), ("fail", "error")]
+    assert "Atlantis" not in repr(lines) and "agent.py:" in lines[1]["where"]
+
+
+WRONG = {
+    "7": "self.tools must be a list of tools",
+    "[7]": "self.tools: a tool needs a name without spaces: None",
+    "[{'name': 'a b'}]": "self.tools: a tool needs a name without spaces: 'a b'",
+    "[{'name': 'a', 'parameters': 7}]": "self.tools: a needs a text as its description, and a JSON",
+    "[{'name': 'a', 'parameters': {'x': {1}}}]": "self.tools: cannot be sent: ",
+}
+
+
+@pytest.mark.parametrize("offered", WRONG)
+async def test_wrong_tools_are_a_failure_of_their_agent(house: House, offered: str) -> None:
+    house.write("early", f"class It(BaseAgent):\n    tools = {offered}\n")
+    code = f"async def on_request(self, payload):\n        self.tools = {offered}; return payload"
+    house.write("late", f"class It(BaseAgent):\n    {code}\n")
+
+    async with house.open() as client:
+        listed = (await client.get("/plugins")).json()["plugins"]
+        answer = await house.post(client, CHAT, "/late go", stream=True)
+
+    [early] = [plugin for plugin in listed if plugin["name"] == "early"]
+    assert WRONG[offered] in early["error"]["text"]
+    assert said(answer.content).startswith("y") and outcomes(answer) == "late;error"
+    assert "tools" not in house.ollama.asked[0].json
