@@ -118,7 +118,6 @@ def carry(call: ToolCall, others: Sequence[ToolCall]) -> None:
     data = zlib.compress(dumps([[other.name, other.arguments] for other in others]))
     if others and len(data) <= MOST:
         call.id += MARK + base64.urlsafe_b64encode(data).rstrip(b"=").decode()
-        call.entry["id"] = call.id
 
 
 def unload(messages: list[Message]) -> list[ToolCall]:

@@ -603,14 +603,18 @@ class Turn:
         run = Run(plugin, agent, limit, chat.metrics, command is not None, joined)
         self.runs.append(run)
 
-    def offer(self, payload: Payload) -> None:
-        """Add the tools of the agents to a request; the client's keep their names."""
-        given, new = payload.get("tools") or [], []
-        if self.nested or not isinstance(given, list):  # Ollama says what is wrong
-            return
+    def offer(self, body: bytes) -> bytes:
+        """Return a request with the tools of the agents; the client's keep their names."""
+        offering = [run for run, _ in self.tools.values()]
+        runs = [r for r in self.runs if r.due and r.has("on_tool") and r not in offering]
+        if self.nested or not runs:
+            return body
+        payload, new = json.loads(body), []
+        given = payload.get("tools") or []
+        if not isinstance(given, list):  # Ollama says what is wrong
+            return body
         taken = {dialects.table(tool.get("function", tool)).get("name") for tool in given}
-        offering = {id(run) for run, _ in self.tools.values()}
-        for run in (run for run in self.runs if run.due and id(run) not in offering):
+        for run in runs:
             for tool in run.tools():
                 name, run.outcome = tool["name"], run.outcome or "ok"
                 while name in taken:
@@ -618,9 +622,9 @@ class Turn:
                 taken.add(name)
                 self.tools[name] = run, tool
                 new.append(tool | {"name": name})
-        if new:
-            self.own_tools = self.own_tools if offering else payload.get("tools")
-            payload["tools"] = [*given, *self.chat.dialect.offer(new)]
+        self.own_tools = self.own_tools if offering else payload.get("tools")
+        payload["tools"] = [*given, *self.chat.dialect.offer(new)]
+        return dialects.dumps(payload) if new else body
 
     def withdraw(self) -> None:
         """Take our tools out of the request."""
@@ -709,19 +713,17 @@ async def run_requests(turn: Turn, trace: Trace) -> Payload:
     """
     for run in turn.runs:
         run.metrics.activated(run.plugin.name)
-    payload, accept = turn.payload, partial(encoded, turn)
-    late = {id(run) for run in turn.runs if run.agent.last or run.agent.innermost}
+    body, accept = dialects.dumps(turn.payload), partial(encoded, turn)
     for group in groups(turn.runs):
-        if id(group[0]) in late:  # they see what the others offer
-            turn.offer(payload)
-        body = dialects.dumps(payload)
+        if group[0].agent.last or group[0].agent.innermost:  # they see what the others offer
+            body = turn.offer(body)
         if len(group) > 1:
-            left = await ask_together(group, body, accept, trace)
+            body = await ask_together(group, body, accept, trace)
         else:
             left = await ask(group[0], body, accept)
             trace.append((group[0], body, left))
-        payload = json.loads(left)
-    turn.offer(payload)
+            body = left
+    payload: Payload = json.loads(turn.offer(body))
     return payload
 
 

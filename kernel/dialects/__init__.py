@@ -313,8 +313,7 @@ class Dialect:
         function = {**call.entry.get("function", {}), "name": call.name, "arguments": arguments}
         if "index" in function:
             function["index"] = number
-        known = "id" in call.entry or not call.entry
-        return call.entry | ({"id": call.id} if known else {}) | {"function": function}
+        return call.entry | {"id": call.id, "function": function}
 
     def call(self, last: Chunk, calls: Sequence[ToolCall], state: JointState) -> list[Chunk]:
         """Return the frames of a stream that say calls, after the frame `last`."""
@@ -330,7 +329,7 @@ class Dialect:
 
     def spoken(self, text: str, thinking: str, calls: Sequence[ToolCall]) -> list[Message]:
         """Return what the model said in a round as messages of the payload."""
-        entries = [self.entry(ToolCall(c.name, c.arguments, c.id), n) for n, c in enumerate(calls)]
+        entries = [self.entry(call, number) for number, call in enumerate(calls)]
         thought = {"thinking": thinking} if thinking else {}
         return [{"role": "assistant", "content": text, **thought, "tool_calls": entries}]
 
@@ -387,6 +386,9 @@ class SSE(Dialect):
 
     def encode_whole(self, chunk: Chunk) -> bytes:
         return dumps(chunk) + b"\n"
+
+    def counts(self, chunk: Chunk) -> Chunk:
+        return table(chunk.get("response", chunk).get("usage"))
 
 
 def function_of(tool: Tool, schema: str) -> Chunk:

@@ -75,9 +75,6 @@ class Completions(SSE):
         chunk |= state.first
         return state.round > 0
 
-    def counts(self, chunk: Chunk) -> Chunk:
-        return table(chunk.get("usage"))
-
     def stop(self, chunk: Chunk) -> None:
         if choice := self.choice(chunk):
             choice["finish_reason"] = "stop"

@@ -139,9 +139,6 @@ class Messages(SSE):
         if earlier.get("content"):
             chunk["content"] = earlier["content"] + (chunk["content"] or [])
 
-    def counts(self, chunk: Chunk) -> Chunk:
-        return table(chunk.get("usage"))
-
     def stop(self, chunk: Chunk) -> None:
         holder = chunk.get("delta", chunk)
         if "stop_reason" in holder:
@@ -171,7 +168,7 @@ class Messages(SSE):
     def spoken(self, text: str, thinking: str, calls: Sequence[ToolCall]) -> list[Message]:
         blocks: list[Message] = [{"type": "thinking", "thinking": thinking}] if thinking else []
         blocks += [{"type": "text", "text": text}] if text else []
-        blocks += [self.entry(ToolCall(c.name, c.arguments, c.id), 0) for c in calls]
+        blocks += [self.entry(call, 0) for call in calls]
         return [{"role": "assistant", "content": blocks}]
 
     def results(self, results: Sequence[tuple[ToolCall, Result]]) -> list[Message]:

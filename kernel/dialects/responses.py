@@ -199,9 +199,6 @@ class Responses(SSE):
         old, new = earlier.get("response", earlier), chunk.get("response", chunk)
         new["output"] = [*(old["output"] or []), *(new["output"] or [])]
 
-    def counts(self, chunk: Chunk) -> Chunk:
-        return table(chunk.get("response", chunk).get("usage"))
-
     def entry(self, call: ToolCall, number: int) -> Chunk:
         item = {"id": f"fc_{call.id}", "type": "function_call", "status": "completed"} | call.entry
         return item | {"call_id": call.id, "name": call.name, "arguments": call.arguments or "{}"}
@@ -235,11 +232,7 @@ class Responses(SSE):
         if text:
             part = {"type": "text", "text": text}
             items.append({"type": "message", "role": "assistant", "content": [part]})
-        called = [(call.id, call.name, call.arguments or "{}") for call in calls]
-        keys = ("call_id", "name", "arguments")
-        return items + [
-            {"type": "function_call", **dict(zip(keys, each, strict=True))} for each in called
-        ]
+        return items + [self.entry(call, number) for number, call in enumerate(calls)]
 
     def results(self, results: Sequence[tuple[ToolCall, Result]]) -> list[Message]:
         items: list[Message] = []

@@ -121,7 +121,9 @@ CALLED: dict[str, Any] = {
         {
             "role": "assistant",
             "content": "Let me look. ",
-            "tool_calls": [{"id": "ID", "function": {"name": "w", "arguments": {"z": "1"}}}],
+            "tool_calls": [
+                {"id": "ID", "function": {"index": 0, "name": "w", "arguments": {"z": "1"}}}
+            ],
         },
         {"role": "tool", "content": "rain at 1", "tool_name": "w", "tool_call_id": "ID"},
     ],
@@ -159,7 +161,14 @@ CALLED: dict[str, Any] = {
             "role": "assistant",
             "content": [{"type": "output_text", "text": "Let me look. "}],
         },
-        {"type": "function_call", "call_id": "ID", "name": "w", "arguments": '{"z":"1"}'},
+        {
+            "type": "function_call",
+            "id": "FC",
+            "status": "completed",
+            "call_id": "ID",
+            "name": "w",
+            "arguments": '{"z":"1"}',
+        },
         {"type": "function_call_output", "call_id": "ID", "output": "rain at 1"},
     ],
 }
@@ -178,7 +187,7 @@ async def test_a_call_is_made_and_the_answer_goes_on(house: House, path: str, st
     assert said(answer.content) == ("" if dropped else "Let me look. ") + said(second)
     assert b'"w"' not in answer.content and b"function_call" not in answer.content
     check(path, answer.content, stream)
-    made = json.dumps(history(house, path))
+    made = re.sub(r'"fc_\w+"', '"FC"', json.dumps(history(house, path)))
     [name] = {*re.findall(r"call_\w{8}", made)}
     expected = CALLED[path][1:] if dropped else CALLED[path]
     assert json.loads(made.replace(name, "ID")) == expected
@@ -809,7 +818,8 @@ WRONG = {
 @pytest.mark.parametrize("offered", WRONG)
 async def test_wrong_tools_are_a_failure_of_their_agent(house: House, offered: str) -> None:
     house.write("early", f"class It(BaseAgent):\n    tools = {offered}\n")
-    code = f"async def on_request(self, payload):\n        self.tools = {offered}; return payload"
+    code = "async def on_tool(self, *args): pass\n    "
+    code += f"async def on_request(self, payload):\n        self.tools = {offered}; return payload"
     house.write("late", f"class It(BaseAgent):\n    {code}\n")
 
     async with house.open() as client:
