@@ -11,7 +11,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from kernel.agent import Message
-from kernel.dialects import Chunk, Dialect, JointState, Result, ToolCall
+from kernel.dialects import Chunk, Dialect, JointState, ToolCall
+from kernel.tools import Made
 
 
 class Rounds:
@@ -74,7 +75,7 @@ class Rounds:
             return []
         return [dialect.edit(frame, chunk) if joined or left is not None else frame]
 
-    def history(self, results: Sequence[tuple[ToolCall, Result]]) -> list[Message]:
+    def history(self, results: Sequence[Made]) -> list[Message]:
         """Return this round as messages of the payload, with the calls that have results."""
         calls = [call for call, _ in results]
         said = self._dialect.spoken("".join(self._text), "".join(self._thinking), calls)

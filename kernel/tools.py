@@ -4,8 +4,9 @@ A call of a tool that needs consent is shown to the user, and made after `/yes`.
 the call is read from the text in which it was shown, and a code behind it, made with a key in the
 proxy's data folder, says that this text is what the user of this request was shown.
 
-Where the model calls tools of agents and of the client in one breath, the client gets its own. The
-others travel in the id of the client's first call, and are made when it comes back with results.
+Where the model calls a tool of the client, the client gets that call alone. What tools of agents
+have said in this answer, and calls of them that the model made in the same breath, travel in the id
+of the client's call: they are in the history when it comes back with its result.
 """
 
 from __future__ import annotations
@@ -19,22 +20,23 @@ import re
 import secrets
 import tempfile
 import zlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from inspect import getattr_static
 from pathlib import Path
 from typing import Any
 
 from kernel.agent import BaseAgent, Call, Message, Tool
-from kernel.dialects import Result, ToolCall, dumps, loads, table
+from kernel.dialects import Result, ToolCall, contents_of, dumps, loads, table
 from kernel.errors import NotAllowed, PluginExecutionError
 from kernel.foreign import plain
 
 NAME = re.compile(r"\S{1,128}")  # of a tool
-MARK = "_osp_"  # in the id of a call: behind it stand calls for which the proxy is waiting
+MARK = "_osp_"  # in the id of a call: behind it stand other calls
 CARRIED = re.compile(rf"{MARK}([\w-]+)\Z", re.ASCII)
 IDS = ("id", "call_id", "tool_call_id", "tool_use_id")
-MOST = 2**16  # bytes of the calls that an id can carry
+MOST = 2**14  # characters of what an id can carry
+Made = tuple[ToolCall, Result]
 
 CONTENTS = {"text": ("text",), "image": ("data", "mimeType")}  # of a result
 
@@ -113,23 +115,40 @@ def result_of(value: Any) -> Result:
     return parts
 
 
-def carry(call: ToolCall, others: Sequence[ToolCall]) -> None:
-    """Let the id of a call carry others, if they are not too many."""
-    data = zlib.compress(dumps([[other.name, other.arguments] for other in others]))
-    if others and len(data) <= MOST:
-        call.id += MARK + base64.urlsafe_b64encode(data).rstrip(b"=").decode()
+def carry(call: ToolCall, made: Sequence[Made], waiting: Sequence[ToolCall]) -> None:
+    """Let the id of a call carry those that were made, with their results, and those that wait.
+
+    Results are left out where they are too long for an id.
+    """
+    rest = [[each.name, each.arguments, None] for each in waiting]
+    told = [[each.name, each.arguments, contents_of(result)[0]] for each, result in made]
+    for calls in (told + rest, rest):
+        data = base64.urlsafe_b64encode(zlib.compress(dumps(calls))).rstrip(b"=")
+        if calls and len(data) <= MOST:
+            call.id += MARK + data.decode()
+            return
 
 
-def unload(messages: list[Message]) -> list[ToolCall]:
-    """Take out of all ids what they carry; return the calls that wait: those of the last answer."""
+def unload(
+    messages: list[Message], say: Callable[[Sequence[Made]], list[Message]]
+) -> list[ToolCall]:
+    """Take out of all ids what they carry, and put in what was made; `say` words it as messages.
+
+    Return the calls that wait: those of the last answer.
+    """
     waiting: dict[str, None] = {}
+    found: list[Message] = []  # the last one first
     answered = passed = False
     for message in reversed(messages):
         answers = message.get("role") == "assistant" or message.get("type") == "function_call"
         passed, answered = passed or (answered and not answers), answered or answers
         carried = dict.fromkeys(unloaded(message))
         waiting |= {} if passed else carried
-    return [call for text in waiting for call in decoded(text)]
+        calls = [each for text in carried for each in decoded(text)] if answers else []
+        made = [(call, result) for call, result in calls if result is not None]
+        found += [message, *reversed(say(made) if made else [])]
+    messages[:] = reversed(found)
+    return [call for text in waiting for call, result in decoded(text) if result is None]
 
 
 def unloaded(value: Any) -> Iterator[str]:
@@ -142,12 +161,12 @@ def unloaded(value: Any) -> Iterator[str]:
             yield from unloaded(item)
 
 
-def decoded(text: str) -> list[ToolCall]:
-    """Return the calls that an id carried; none if it was altered."""
+def decoded(text: str) -> list[tuple[ToolCall, str | None]]:
+    """Return the calls that an id carried, with the results that are known; none if it is wrong."""
     try:
         data = base64.urlsafe_b64decode(text + "=" * (-len(text) % 4))
-        pairs = loads(zlib.decompressobj().decompress(data, MOST))
-        return [ToolCall(str(name), str(arguments)) for name, arguments in pairs]
+        calls = loads(zlib.decompressobj().decompress(data, 16 * MOST))
+        return [(ToolCall(str(name), str(text)), result) for name, text, result in calls]
     except (ValueError, TypeError, RecursionError, zlib.error):
         return []
 

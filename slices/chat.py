@@ -74,7 +74,7 @@ from kernel.plugin import Plugin
 from kernel.presets import Presets
 from kernel.registry import PluginRegistry, refusal
 from kernel.rounds import Rounds
-from kernel.tools import Consent
+from kernel.tools import Consent, Made
 
 logger = logging.getLogger(__name__)
 
@@ -173,8 +173,9 @@ class Chat:
             return None
         self.check_guards(request)
         turn = Turn(self, request, payload, scope)
-        waiting = tools.unload(payload["messages"]) if tools.MARK.encode() in (body or b"") else []
-        turn.waiting = [("", call) for call in waiting]
+        if body and tools.MARK.encode() in body:
+            waiting = tools.unload(payload["messages"], partial(told, self.dialect))
+            turn.waiting = [("", call) for call in waiting]
         return self.turn(turn, header, standing, always)
 
     def parse(self, body: bytes | None, *, strict: bool) -> tuple[Payload, Payload | None]:
@@ -354,9 +355,7 @@ class Chat:
         calls = await judge(turn, [call for _, call in turn.waiting])
         if question := turn.question_about(calls):
             return turn.say(question)
-        results = await use(turn, calls)
-        said = self.dialect.spoken("", "", [call for call, _ in results])
-        turn.payload["messages"] += said + self.dialect.results(results)
+        turn.payload["messages"] += told(self.dialect, await use(turn, calls))
         turn.payload = await run_again(turn)
 
     def check_model(self, turn: Turn) -> None:
@@ -401,7 +400,7 @@ class Chat:
             ours = [call for call in calls if call.name in turn.tools]
             theirs = [call for call in calls if call.name not in turn.tools and not call.refused]
             if theirs:
-                tools.carry(theirs[0], [call for call in ours if not call.refused])
+                tools.carry(theirs[0], turn.made, [call for call in ours if not call.refused])
             if not calls or theirs or not left or not joint.is_complete:
                 break
             turn.question = turn.question_about(calls)
@@ -553,6 +552,7 @@ class Turn:
     own_tools: Any = None  # what the request offered without us
     waiting: list[tuple[str, ToolCall]] = field(default_factory=list)  # agent ("": any) and call
     agreed: bool = False  # the user said yes to what waits
+    made: list[Made] = field(default_factory=list)  # calls of our tools in this answer
     question: str = ""  # whether calls may be made
     state: dict[str, Any] = field(default_factory=dict)  # shared by the agents
 
@@ -754,9 +754,16 @@ async def judge(turn: Turn, calls: Collection[ToolCall]) -> list[ToolCall]:
     return list(calls)
 
 
-async def use(turn: Turn, calls: Sequence[ToolCall]) -> list[tuple[ToolCall, Result]]:
+def told(dialect: Dialect, made: Sequence[Made]) -> list[Message]:
+    return dialect.spoken("", "", [call for call, _ in made]) + dialect.results(made)
+
+
+async def use(turn: Turn, calls: Sequence[ToolCall]) -> list[Made]:
     """Return calls with their results; what a tool cannot do is a result, too."""
-    return list(zip(calls, await gathered([result_of(turn, call) for call in calls]), strict=True))
+    results = await gathered([result_of(turn, call) for call in calls])
+    made = list(zip(calls, results, strict=True))
+    turn.made += made
+    return made
 
 
 async def result_of(turn: Turn, call: ToolCall) -> Result:

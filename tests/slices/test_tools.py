@@ -830,3 +830,29 @@ async def test_wrong_tools_are_a_failure_of_their_agent(house: House, offered: s
     assert WRONG[offered] in early["error"]["text"]
     assert said(answer.content).startswith("y") and outcomes(answer) == "late;error"
     assert "tools" not in house.ollama.asked[0].json
+
+
+@pytest.mark.parametrize("path", PATHS)
+async def test_what_our_tools_said_is_not_lost_while_the_client_makes_its_calls(
+    house: House, path: str
+) -> None:
+    house.write("all", TOOLS)
+    dialect, tools = BY_PATH[path], offered(path, "theirs")
+    theirs: tuple[str, Any] = ("theirs", {})
+    rounds = [
+        *(calling(path, "", ("add", {"a": 1, "b": 1})), calling(path, "", theirs)),
+        *(calling(path, "", ("add", {"a": 2, "b": 2}), theirs), calling(path, "", theirs)),
+        calling(path, "Done."),
+    ]
+    house.ollama.says_in_turn(path, *rounds, stream=True)
+    history: list[Any] = []
+
+    for step in range(3):
+        answer = await house.ask(path, "/all go", *history, stream=True, tools=tools)
+        [call] = called(path, answer.content)
+        step_back = dialect.spoken("", "", [call]) + dialect.results([(call, f"found {step}")])
+        history += wired(path, step_back)
+    answer = await house.ask(path, "/all go", *history, stream=True, tools=tools)
+
+    assert said(answer.content) == "Done."
+    assert results(house, path) == ["2", "found 0", "found 1", "4", "found 2"]
