@@ -94,7 +94,7 @@ class Rounds:
     def finish(self, calls: Sequence[ToolCall]) -> list[bytes]:
         """Return what ends the answer, with these calls for the client."""
         dialect, frames = self._dialect, []
-        if calls and not self._whole:
+        if calls and not (self._whole or self._broken):
             chunks = dialect.call(self._last, calls, self._state)
             frames += [dialect.encode(chunk) for chunk in chunks]
         for frame, chunk, changed in self._ending:

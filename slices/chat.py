@@ -252,13 +252,14 @@ class Chat:
         The message before then counts as the last one. Raises NotAllowed for calls that were not.
         """
         messages, yes = turn.payload["messages"], last_user(turn.payload)
-        if yes is None or not self.typed.agrees(text_of({"content": [typed_part(yes) or {}]})):
+        if yes is None or not self.typed.agrees((typed_part(yes) or {}).get("text", "")):
             return
-        before = [message for message in messages if message.get("role") in ("user", "assistant")]
-        asking = before[[m is yes for m in before].index(True) - 1]
+        at = next(n for n, message in enumerate(messages) if message is yes)
+        turns = [m for m in messages[:at] if str(m.get("role")).lower() in ("user", "assistant")]
+        asking = turns[-1] if turns and not is_user(turns[-1]) else {}
         parts = text_parts(asking)
         shown = self.consent.given(info(turn.scope).user, parts[-1]["text"]) if parts else None
-        if shown is None or asking["role"] != "assistant":
+        if shown is None:
             return
         turn.agreed = True
         parts[-1]["text"], turn.waiting = shown
