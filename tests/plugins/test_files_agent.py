@@ -19,6 +19,7 @@ from plugins.files_agent import agent as limits
 from plugins.files_agent.agent import Files
 from plugins.files_agent.folders import LARGEST
 from tests.plugins.context import a_context
+from tests.support import PATHS, FakeOllama, calling, chat, message, running, said, whole
 
 FOLDER = Path(__file__).parents[2] / "plugins/files_agent"
 CONFIG = json.loads((FOLDER / "config.json").read_text(encoding="utf-8"))
@@ -392,3 +393,28 @@ async def test_a_chat_is_left_as_it_is(files: Files) -> None:
 def test_wrong_settings_are_said_at_the_start(wrong: dict[str, Any], why: str) -> None:
     with pytest.raises(ValueError, match=why):
         loaded(**wrong)
+
+
+# Through the proxy
+
+
+@pytest.mark.parametrize("path", PATHS)
+async def test_a_file_is_read_at_once_and_written_after_a_yes(
+    ollama: FakeOllama, ollama_url: str, tmp_path: Path, notes: Path, path: str
+) -> None:
+    table = {"settings": {"folders": {"notes": str(notes)}, "write": True}}
+    read = ("read", {"path": "notes/todo.md"})
+    write = ("write", {"path": "notes/todo.md", "content": "rest"})
+    rounds = (calling(path, "", call, stream=False) for call in (read, write))
+    ollama.says_in_turn(path, *rounds, whole(path, "Done."), stream=False)
+
+    async with running(ollama_url, FOLDER.parent, tmp_path, agents={"files": table}) as client:
+        first = await client.post(path, json=chat(path, "/files do it", stream=False))
+        assert (notes / "todo.md").read_text(encoding="utf-8").startswith("buy paint")
+        history = "/files do it", message("assistant", said(first.content)), "/yes"
+        second = await client.post(path, json=chat(path, *history, stream=False))
+
+    assert "files write" in said(first.content) and said(second.content) == "Done."
+    assert "buy paint" in ollama.asked[1].body.decode()
+    assert "replaced, it had 24 bytes, 4 bytes written" in ollama.asked[-1].body.decode()
+    assert (notes / "todo.md").read_text(encoding="utf-8") == "rest"
