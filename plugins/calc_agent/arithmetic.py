@@ -23,7 +23,7 @@ SIGNS |= {"π": "pi", "√": "sqrt", "≤": "<=", "≥": ">=", "≠": "!="}
 SPELLINGS = {  # in this order; a % before a number is the remainder, any other one a percentage
     r"(?<=[\s)])x(?=[\s(])|\bof\b": "*",
     r"(?<=\d)[_'’\xa0\u2009\u202f](?=\d{3}(?!\d))": "",
-    r"(\d[\d.]*|\.\d+)\s*(?:%(?!\s*[\w.(])|percent\b)": r"(\1*percent)",
+    r"(\d[\d.]*(?:e[+-]?\d+)?|\.\d+)\s*(?:%(?!\s*[\w.(])|percent\b)": r"(\1*percent)",
     r"\bmod\b": "%",
     r"\b(\d+)!(?!=)": r"factorial(\1)",
     "(?<![<>=!])=(?!=)": "==",
@@ -56,7 +56,7 @@ def calculate(written: str) -> str:
     except (ZeroDivisionError, decimal.InvalidOperation, ValueError) as exc:
         raise ValueError("it has no value, like 1 / 0 or the root of a negative number") from exc
     except (decimal.DecimalException, RecursionError, MemoryError) as exc:
-        raise ValueError(f"too large: numbers may have {DIGITS} digits") from exc
+        raise ValueError(f"too large or too small: numbers may have {DIGITS} digits") from exc
 
 
 def result(node: ast.expr, text: str) -> str:
@@ -66,8 +66,10 @@ def result(node: ast.expr, text: str) -> str:
             sides = believed(value(left, text)), believed(value(right, text))
             return f"is {COMPARISONS[sign](*sides)}".lower()
     number = believed(value(node, text))
-    short = number if number == number.to_integral_value() else Context(30).plus(number)
-    return f"= {short.normalize():f}{'' if short == number else ' (rounded)'}"
+    precision = Context(15 if re.search("sin|cos|tan", text) else 30)  # of floats, of decimals
+    short = number if number == number.to_integral_value() else precision.plus(number)
+    spelt = format(short.normalize(), "f" if number.adjusted() > -30 else "e")
+    return f"= {spelt}{'' if short == number else ' (rounded)'}"
 
 
 def value(node: ast.expr, text: str) -> Decimal:
@@ -98,6 +100,8 @@ def is_percentage(node: ast.expr) -> bool:
     match node:
         case ast.BinOp(first, ast.Add() | ast.Sub(), second):
             return is_percentage(first) and is_percentage(second)
+        case ast.UnaryOp(_, operand):
+            return is_percentage(operand)
         case ast.BinOp(_, _, ast.Name("percent")):
             return True
     return False
@@ -128,6 +132,9 @@ def by_floats(name: str) -> Callable[[Decimal], str]:
     return lambda number: str(round(getattr(math, name)(number), 15))  # sin(pi) is 0
 
 
+CONSTANTS = dict(pi="3.14159265358979323846264338327950288419716939937511", percent="0.01")
+CONSTANTS |= dict(e="2.71828182845904523536028747135266249775724709369996")
+PI = Decimal(CONSTANTS["pi"])
 Table = dict[str, Callable[..., Any]]
 SUMS: Table = dict(Add=op.add, Sub=op.sub)
 OPERATORS = SUMS | dict(Mult=op.mul, Div=op.truediv, Pow=op.pow)
@@ -138,9 +145,8 @@ FUNCTIONS |= dict(log=lambda a, base=None: a.ln() / (1 if base is None else base
 FUNCTIONS |= dict(abs=abs, round=rounded, floor=floor, ceil=lambda a: -floor(-a))
 FUNCTIONS |= dict(min=lambda *n: min(n), max=lambda *n: max(n), sum=lambda *n: sum(n))
 FUNCTIONS |= dict(mean=lambda *n: sum(n) / len(n), factorial=factorial)
-FUNCTIONS |= {n: by_floats(n) for n in "sin cos tan asin acos atan radians degrees".split()}
-CONSTANTS = dict(pi="3.14159265358979323846264338327950288419716939937511", percent="0.01")
-CONSTANTS |= dict(e="2.71828182845904523536028747135266249775724709369996")
+FUNCTIONS |= dict(radians=lambda a: a * PI / 180, degrees=lambda a: a / PI * 180)
+FUNCTIONS |= {n: by_floats(n) for n in "sin cos tan asin acos atan".split()}
 POSSIBLE = (
     "Possible are numbers (1,234.5, 12%), ( ), + - * / // % ** !, < <= > >= == !=, pi, e and"
     f" {', '.join(FUNCTIONS)}"

@@ -26,6 +26,7 @@ VALUES = {
     "200 + 10%": "220",
     "5% + 3% + 2%": "0.1",
     "100 / 5%": "2000",
+    "80 + -2.5e1%": "60",
     "15% of 2,340": "351",
     "25 percent of 80": "20",
     "17 % 5": "2",
@@ -53,6 +54,9 @@ VALUES = {
     "mean(1, 2, 6) + min(4, 2) + sum(1, 2) + abs(-1)": "9",
     "log(8, 2) + log10(1000) + ln(1) + log(1)": "6",
     "sin(pi) + cos(radians(60))": "0.5",
+    "tan(radians(45)) + degrees(pi)": "181",
+    "sin(1)^2 + cos(1)^2": "1 (rounded)",
+    "10**-100": "1e-100",
     "e": "2.71828182845904523536028747135 (rounded)",
     "(1\n+ 2)": "3",
     "0 * -1": "0",
@@ -102,7 +106,7 @@ def test_it_compares(text: str, holds: str) -> None:
 @pytest.mark.parametrize(
     ("texts", "why"),
     [
-        (TOO_LARGE, f"too large: numbers may have {DIGITS} digits"),
+        (TOO_LARGE, f"too large or too small: numbers may have {DIGITS} digits"),
         (NO_VALUE, "it has no value, like 1 / 0 or the root of a negative number"),
         (["1" * (LONGEST + 1), "(" * 1_000_000], f"too long: an expression may have {LONGEST} "),
     ],
@@ -187,4 +191,4 @@ async def test_the_model_is_told_what_it_asked_for(
     sent = [request.body.decode() for request in ollama.asked]
     assert "calculate" in sent[0] and "radians" in sent[0]
     assert "0.1+0.2 = 0.3" in sent[1]
-    assert "failed: ValueError: too large: numbers may have 200 digits" in sent[1]
+    assert "failed: ValueError: too large or too small: numbers may have 200 digits" in sent[1]
