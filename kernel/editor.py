@@ -9,6 +9,7 @@ frame. Thinking, tool calls, usage and unknown keys are never touched.
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Callable, Iterable, Sequence
 
 from kernel.agent import Payload
@@ -189,3 +190,27 @@ class Editor:
         if self._dialect.settle(chunk, self._state) or edited is None:
             return self._dialect.edit(frame, chunk)
         return edited
+
+
+class FrameSplitter:
+    """Cuts a stream into frames, however its bytes are split."""
+
+    OVERLAP = 3  # how much of an end (\r\n\r\n at most) may already have come
+
+    def __init__(self, end: re.Pattern[bytes]) -> None:
+        self._end = end
+        self._buffer = bytearray()
+
+    def feed(self, data: bytes) -> list[bytes]:
+        """Return the frames that `data` completes, each with its end."""
+        cut, frames, searched = 0, [], max(0, len(self._buffer) - self.OVERLAP)
+        self._buffer += data
+        for found in self._end.finditer(self._buffer, searched):
+            frames.append(bytes(self._buffer[cut : found.end()]))
+            cut = found.end()
+        del self._buffer[:cut]
+        return frames
+
+    def rest(self) -> bytes:
+        """Return what came behind the last end."""
+        return bytes(self._buffer)

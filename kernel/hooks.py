@@ -23,7 +23,7 @@ from typing import Any, TypeVar
 
 from kernel import tools
 from kernel.agent import BaseAgent, Clock, Reply, Tool
-from kernel.dialects import Result
+from kernel.dialects.calls import Result
 from kernel.errors import Aborted, PluginExecutionError
 from kernel.foreign import diagnosis, meaning, plain, safe_text
 from kernel.metrics import Metrics

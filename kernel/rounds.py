@@ -11,8 +11,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from kernel.agent import Message
-from kernel.dialects import Chunk, Dialect, JointState, ToolCall
-from kernel.tools import Made
+from kernel.dialects import Chunk, Dialect
+from kernel.dialects.calls import JointState, Made, ToolCall
 
 
 class Rounds:

@@ -27,7 +27,8 @@ from pathlib import Path
 from typing import Any
 
 from kernel.agent import BaseAgent, Call, Message, Tool
-from kernel.dialects import Result, ToolCall, contents_of, dumps, loads, table
+from kernel.dialects import dumps, loads, table
+from kernel.dialects.calls import Made, Result, ToolCall, contents_of
 from kernel.errors import NotAllowed, PluginExecutionError
 from kernel.foreign import plain
 
@@ -36,7 +37,6 @@ MARK = "_osp_"  # in the id of a call: behind it stand other calls
 CARRIED = re.compile(rf"{MARK}([\w-]+)\Z", re.ASCII)
 IDS = ("id", "call_id", "tool_call_id", "tool_use_id")
 MOST = 2**14  # characters of what an id can carry
-Made = tuple[ToolCall, Result]
 
 CONTENTS = {"text": ("text",), "image": ("data", "mimeType")}  # of a result
 

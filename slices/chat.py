@@ -63,9 +63,10 @@ from kernel.commands import (
 )
 from kernel.config import ChainConfig, CommandsConfig
 from kernel.connection import Answer, Headers
-from kernel.dialects import Dialect, Result, ToolCall
+from kernel.dialects import Dialect
+from kernel.dialects.calls import Made, Result, ToolCall
 from kernel.dialects.every import DIALECTS
-from kernel.editor import Editor, Stage
+from kernel.editor import Editor, FrameSplitter, Stage
 from kernel.guards import NO_TEXT, is_loading
 from kernel.hooks import Run, wrong
 from kernel.log import info
@@ -74,7 +75,7 @@ from kernel.plugin import Plugin
 from kernel.presets import Presets
 from kernel.registry import PluginRegistry, refusal
 from kernel.rounds import Rounds
-from kernel.tools import Consent, Made
+from kernel.tools import Consent
 
 logger = logging.getLogger(__name__)
 
@@ -883,7 +884,7 @@ async def frames_of(
     if whole:
         yield [await upstream.whole(answer)]
         return
-    splitter = dialects.FrameSplitter(dialect.end)
+    splitter = FrameSplitter(dialect.end)
     async for data in answer:
         yield splitter.feed(data)
     if rest := splitter.rest():

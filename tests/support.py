@@ -18,7 +18,7 @@ from starlette.types import Receive, Scope, Send
 import demo
 import osp
 from kernel.config import Config, build
-from kernel.dialects import JointState, ToolCall
+from kernel.dialects.calls import JointState, ToolCall
 from kernel.dialects.every import DIALECTS
 from kernel.server import SETTINGS
 

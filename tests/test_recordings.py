@@ -16,9 +16,10 @@ from typing import Any
 import pytest
 
 from kernel.agent import Payload, prompt
-from kernel.dialects import Dialect, FrameSplitter, loads_once
+from kernel.dialects import Dialect, loads_once
 from kernel.dialects.every import DIALECTS
 from kernel.dialects.responses import repeated
+from kernel.editor import FrameSplitter
 from tests.support import running, write_agent
 
 RECORDINGS: dict[str, Any] = json.loads(

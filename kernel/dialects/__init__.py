@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import json
 import re
-import secrets
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -21,10 +20,10 @@ from json.encoder import encode_basestring
 from typing import Any, NoReturn
 
 from kernel.agent import Message, Payload, Tool
+from kernel.dialects.calls import JointState, Made, ToolCall, add, contents_of, function_of
 
 Chunk = dict[str, Any]  # a frame's JSON object
 Place = tuple[dict[str, Any], str]  # an object of a chunk, and the key under which text stands
-Result = str | list[Message]  # of a tool: text, or MCP's contents
 
 JSON = b"application/json"
 JSON_UTF8 = b"application/json; charset=utf-8"
@@ -82,39 +81,6 @@ DECODER = json.JSONDecoder(parse_constant=reject, parse_float=finite)
 STRICT_DECODER = json.JSONDecoder(
     parse_constant=reject, parse_float=finite, object_pairs_hook=unique
 )
-
-
-@dataclass(slots=True)
-class ToolCall:
-    """One call of a tool in an answer."""
-
-    name: str
-    arguments: str  # JSON, which may come in pieces
-    id: str = ""
-    entry: Chunk = field(default_factory=dict)  # the dialect's own object, for what is not here
-    refused: bool = False  # by an agent
-
-    def __post_init__(self) -> None:
-        self.id = self.id or f"call_{secrets.token_hex(4)}"
-
-
-@dataclass(slots=True)
-class JointState:
-    """What is remembered of the rounds of which one answer is made."""
-
-    round: int = 0
-    first: Chunk = field(default_factory=dict)  # what later rounds take over from the first
-    places: dict[Any, int] = field(default_factory=dict)  # of a round: where its blocks stand
-    blocks: int = 0  # in the answer so far
-    frames: int = 0
-    items: list[Chunk] = field(default_factory=list)  # that the end of the answer repeats
-
-    def place(self, block: Any) -> int:
-        """Return the index of a block of this round in the whole answer."""
-        if block not in self.places:
-            self.places[block] = self.blocks
-            self.blocks += 1
-        return self.places[block]
 
 
 @dataclass(slots=True)
@@ -333,7 +299,7 @@ class Dialect:
         thought = {"thinking": thinking} if thinking else {}
         return [{"role": "assistant", "content": text, **thought, "tool_calls": entries}]
 
-    def results(self, results: Sequence[tuple[ToolCall, Result]]) -> list[Message]:
+    def results(self, results: Sequence[Made]) -> list[Message]:
         """Return the results of calls as messages of the payload."""
         messages = []
         for call, result in results:
@@ -391,33 +357,6 @@ class SSE(Dialect):
         return table(chunk.get("response", chunk).get("usage"))
 
 
-def function_of(tool: Tool, schema: str) -> Chunk:
-    """Return name, description and, under the key `schema`, the parameters of a tool."""
-    parameters = tool.get("parameters") or {"type": "object", "properties": {}}
-    return {"name": tool["name"], "description": tool.get("description", ""), schema: parameters}
-
-
-def contents_of(result: Result) -> tuple[str, list[Message]]:
-    """Return the text of a tool's result, and its images."""
-    if isinstance(result, str):
-        return result, []
-    texts = [part["text"] for part in result if part["type"] == "text"]
-    return "\n\n".join(texts), [part for part in result if part["type"] == "image"]
-
-
-def data_url(image: Message) -> str:
-    return f"data:{image['mimeType']};base64,{image['data']}"
-
-
-def add(counts: dict[str, Any], to: dict[str, Any]) -> None:
-    """Add numbers, and those in objects, to the ones of the same name."""
-    for key, value in counts.items():
-        if isinstance(value, dict) and isinstance(to.get(key), dict):
-            add(value, to[key])
-        elif type(value) in (int, float):
-            to[key] = to.get(key, 0) + value
-
-
 def place_in(holder: dict[str, Any], key: str) -> list[Place]:
     """Return the place in an object if text that is not empty stands under the key."""
     return [(holder, key)] if isinstance(holder.get(key), str) and holder[key] else []
@@ -463,30 +402,6 @@ def leading(messages: Sequence[Any]) -> int:
 def words(text: str) -> list[str]:
     """Cut a text into the pieces in which a model would have said it."""
     return re.findall(r"\s*\S+|\s+", text) or [""]
-
-
-class FrameSplitter:
-    """Cuts a stream into frames, however its bytes are split."""
-
-    OVERLAP = 3  # how much of an end (\r\n\r\n at most) may already have come
-
-    def __init__(self, end: re.Pattern[bytes]) -> None:
-        self._end = end
-        self._buffer = bytearray()
-
-    def feed(self, data: bytes) -> list[bytes]:
-        """Return the frames that `data` completes, each with its end."""
-        cut, frames, searched = 0, [], max(0, len(self._buffer) - self.OVERLAP)
-        self._buffer += data
-        for found in self._end.finditer(self._buffer, searched):
-            frames.append(bytes(self._buffer[cut : found.end()]))
-            cut = found.end()
-        del self._buffer[:cut]
-        return frames
-
-    def rest(self) -> bytes:
-        """Return what came behind the last end."""
-        return bytes(self._buffer)
 
 
 OPENAI_ERRORS = {400: "invalid_request_error", 404: "not_found_error"}

@@ -6,18 +6,8 @@ from collections.abc import Sequence
 from datetime import UTC, datetime
 
 from kernel.agent import Message, Payload
-from kernel.dialects import (
-    SSE,
-    AnswerState,
-    Chunk,
-    JointState,
-    Result,
-    ToolCall,
-    contents_of,
-    data_url,
-    dumps,
-    table,
-)
+from kernel.dialects import SSE, AnswerState, Chunk, dumps, table
+from kernel.dialects.calls import JointState, Made, ToolCall, contents_of, data_url
 
 USAGE = {"prompt_tokens": 0, "completion_tokens": 0, "total_tokens": 0}  # of a reply of our own
 
@@ -90,7 +80,7 @@ class Completions(SSE):
         thought = {"reasoning": thinking} if thinking else {}
         return [message | {"content": text or None} | thought]
 
-    def results(self, results: Sequence[tuple[ToolCall, Result]]) -> list[Message]:
+    def results(self, results: Sequence[Made]) -> list[Message]:
         messages: list[Message] = []
         for call, result in results:
             text, images = contents_of(result)

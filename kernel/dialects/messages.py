@@ -16,18 +16,14 @@ from kernel.dialects import (
     SSE,
     AnswerState,
     Chunk,
-    JointState,
     Place,
-    Result,
-    ToolCall,
-    contents_of,
     dumps,
-    function_of,
     loads,
     place_in,
     split_lead,
     table,
 )
+from kernel.dialects.calls import JointState, Made, ToolCall, contents_of, function_of
 
 FINISHES = {"end_turn": "stop", "stop_sequence": "stop", "max_tokens": "length"}
 FINISHES |= {"tool_use": "tool_calls"}
@@ -171,7 +167,7 @@ class Messages(SSE):
         blocks += [self.entry(call, 0) for call in calls]
         return [{"role": "assistant", "content": blocks}]
 
-    def results(self, results: Sequence[tuple[ToolCall, Result]]) -> list[Message]:
+    def results(self, results: Sequence[Made]) -> list[Message]:
         blocks: list[Message] = []
         for call, result in results:
             text, images = contents_of(result)

@@ -14,21 +14,8 @@ from copy import deepcopy
 from typing import Any
 
 from kernel.agent import Message, Payload, Tool, text_of
-from kernel.dialects import (
-    SSE,
-    AnswerState,
-    Chunk,
-    JointState,
-    Place,
-    Result,
-    ToolCall,
-    contents_of,
-    data_url,
-    function_of,
-    place_in,
-    split_lead,
-    table,
-)
+from kernel.dialects import SSE, AnswerState, Chunk, Place, place_in, split_lead, table
+from kernel.dialects.calls import JointState, Made, ToolCall, contents_of, data_url, function_of
 
 CLOSING = [f"response.{part}.done" for part in ("output_text", "content_part", "output_item")]
 DELTA = "response.output_text.delta"
@@ -204,19 +191,9 @@ class Responses(SSE):
         return item | {"call_id": call.id, "name": call.name, "arguments": call.arguments or "{}"}
 
     def call(self, last: Chunk, calls: Sequence[ToolCall], state: JointState) -> list[Chunk]:
-        chunks: list[Chunk] = []
-        for number, call in enumerate(calls):
-            item = self.entry(call, number)
-            state.items.append(item)
-            at = {"output_index": state.place(item["id"])}
-            of, text = {"item_id": item["id"], **at}, item["arguments"]
-            begun = item | {"arguments": "", "status": "in_progress"}
-            chunks += [
-                {"item": begun, **at, "type": "response.output_item.added"},
-                {"delta": text, **of, "type": "response.function_call_arguments.delta"},
-                {"arguments": text, **of, "type": "response.function_call_arguments.done"},
-                {"item": item, **at, "type": "response.output_item.done"},
-            ]
+        items = [self.entry(call, number) for number, call in enumerate(calls)]
+        state.items += items
+        chunks = [chunk for item in items for chunk in block_of(item, 0)]
         for chunk in chunks:
             self.join(chunk, state)
         return chunks
@@ -234,7 +211,7 @@ class Responses(SSE):
             items.append({"type": "message", "role": "assistant", "content": [part]})
         return items + [self.entry(call, number) for number, call in enumerate(calls)]
 
-    def results(self, results: Sequence[tuple[ToolCall, Result]]) -> list[Message]:
+    def results(self, results: Sequence[Made]) -> list[Message]:
         items: list[Message] = []
         for call, result in results:
             text, images = contents_of(result)
@@ -274,19 +251,24 @@ def item_that_says(text: str, name: str) -> Chunk:
 
 
 def block_of(item: Chunk, index: int) -> list[Chunk]:
-    """Return the frames of an item with one text."""
-    [part] = item["content"]
-    of = {"output_index": index}
-    at = {"item_id": item["id"], **of, "content_index": 0}
-    begun = item | {"status": "in_progress", "content": []}
-    return [
-        {"item": begun, **of, "type": "response.output_item.added"},
-        {"part": part | {"text": ""}, **at, "type": "response.content_part.added"},
-        {"delta": part["text"], "logprobs": [], **at, "type": DELTA},
-        {"text": part["text"], "logprobs": [], **at, "type": "response.output_text.done"},
-        {"part": part, **at, "type": "response.content_part.done"},
-        {"item": item, **of, "type": "response.output_item.done"},
-    ]
+    """Return the frames of an item: a call, or a message with one text."""
+    if item["type"] == "function_call":
+        text, at = item["arguments"], {"item_id": item["id"]}
+        empty: Chunk = {"arguments": ""}
+        inner: list[tuple[str, Chunk]] = [("function_call_arguments.delta", {"delta": text})]
+        inner += [("function_call_arguments.done", {"arguments": text})]
+    else:
+        [part], empty = item["content"], {"content": []}
+        text, at = part["text"], {"item_id": item["id"], "content_index": 0}
+        inner = [("content_part.added", {"part": part | {"text": ""}})]
+        inner += [("output_text.delta", {"delta": text, "logprobs": []})]
+        inner += [("output_text.done", {"text": text, "logprobs": []})]
+        inner += [("content_part.done", {"part": part})]
+    begun = {"item": item | empty | {"status": "in_progress"}}
+    events: list[tuple[str, Chunk]] = [("output_item.added", begun)]
+    events += [(kind, at | fields) for kind, fields in inner]
+    events += [("output_item.done", {"item": item})]
+    return [{**e, "output_index": index, "type": f"response.{kind}"} for kind, e in events]
 
 
 def call_of(item: Chunk) -> ToolCall:

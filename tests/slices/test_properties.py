@@ -12,8 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kernel.agent import BaseAgent, map_texts, texts
-from kernel.dialects import FrameSplitter, dumps
-from kernel.editor import Editor, Stage
+from kernel.dialects import dumps
+from kernel.editor import Editor, FrameSplitter, Stage
 from kernel.hooks import Run
 from kernel.metrics import Metrics
 from kernel.plugin import Plugin

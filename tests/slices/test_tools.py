@@ -14,7 +14,8 @@ from typing import Any
 import httpx
 import pytest
 
-from kernel.dialects import Dialect, ToolCall, table
+from kernel.dialects import Dialect, table
+from kernel.dialects.calls import ToolCall
 from tests.support import (
     BY_PATH,
     CHAT,

@@ -1,0 +1,75 @@
+"""Calls: what a call of a tool is in every dialect, and what rounds with calls leave behind."""
+
+from __future__ import annotations
+
+import secrets
+from dataclasses import dataclass, field
+from typing import Any
+
+from kernel.agent import Message, Tool
+
+Chunk = dict[str, Any]  # a frame's JSON object
+Result = str | list[Message]  # of a tool: text, or MCP's contents
+
+
+@dataclass(slots=True)
+class ToolCall:
+    """One call of a tool in an answer."""
+
+    name: str
+    arguments: str  # JSON, which may come in pieces
+    id: str = ""
+    entry: Chunk = field(default_factory=dict)  # the dialect's own object, for what is not here
+    refused: bool = False  # by an agent
+
+    def __post_init__(self) -> None:
+        self.id = self.id or f"call_{secrets.token_hex(4)}"
+
+
+Made = tuple[ToolCall, Result]
+
+
+@dataclass(slots=True)
+class JointState:
+    """What is remembered of the rounds of which one answer is made."""
+
+    round: int = 0
+    first: Chunk = field(default_factory=dict)  # what later rounds take over from the first
+    places: dict[Any, int] = field(default_factory=dict)  # of a round: where its blocks stand
+    blocks: int = 0  # in the answer so far
+    frames: int = 0
+    items: list[Chunk] = field(default_factory=list)  # that the end of the answer repeats
+
+    def place(self, block: Any) -> int:
+        """Return the index of a block of this round in the whole answer."""
+        if block not in self.places:
+            self.places[block] = self.blocks
+            self.blocks += 1
+        return self.places[block]
+
+
+def function_of(tool: Tool, schema: str) -> Chunk:
+    """Return name, description and, under the key `schema`, the parameters of a tool."""
+    parameters = tool.get("parameters") or {"type": "object", "properties": {}}
+    return {"name": tool["name"], "description": tool.get("description", ""), schema: parameters}
+
+
+def contents_of(result: Result) -> tuple[str, list[Message]]:
+    """Return the text of a tool's result, and its images."""
+    if isinstance(result, str):
+        return result, []
+    texts = [part["text"] for part in result if part["type"] == "text"]
+    return "\n\n".join(texts), [part for part in result if part["type"] == "image"]
+
+
+def data_url(image: Message) -> str:
+    return f"data:{image['mimeType']};base64,{image['data']}"
+
+
+def add(counts: dict[str, Any], to: dict[str, Any]) -> None:
+    """Add numbers, and those in objects, to the ones of the same name."""
+    for key, value in counts.items():
+        if isinstance(value, dict) and isinstance(to.get(key), dict):
+            add(value, to[key])
+        elif type(value) in (int, float):
+            to[key] = to.get(key, 0) + value
