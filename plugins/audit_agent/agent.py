@@ -37,6 +37,8 @@ class Audit(BaseAgent):
         self.log = RotatedFile(self.data_dir / "audit.jsonl", *limits.values())
 
     def on_request(self, payload: Payload) -> Payload:  # type: ignore[override]
+        if "parts" in vars(self):  # it is a guard, and tools ran
+            return payload
         self.parts = []
         known = {key: getattr(self.context, key) for key in ("user", "model", "dialect", "agents")}
         self.note("request", **known, prompt=self.shown(self.context.prompt))

@@ -44,6 +44,7 @@ class Remember(BaseAgent):
 
     notes: Notes
     pieces: list[str] = []  # of the answer to this request
+    under: bool = False  # it was asked something, and says under the answer that it noted nothing
 
     # It is `def`, as `obey` and `kept` are, so that the disk is waited for in a thread.
     def setup(self) -> None:  # type: ignore[override]
@@ -60,6 +61,7 @@ class Remember(BaseAgent):
             return payload
         if asked and (answer := self.obey(text)):
             raise Reply(answer)
+        self.under = asked
         found = self.notes.find(self.context.user, text, self.settings["max_matches"])
         lines = fitting(found, self.settings["max_context"])
         if not text or not (asked or lines):
@@ -105,7 +107,7 @@ class Remember(BaseAgent):
         if self.settings["auto"] and not self.context.explaining and self.context.finish == "stop":
             facts = await self.facts(prompt, answer) if prompt else []
             lines = await asyncio.to_thread(self.kept, facts)
-        elif self.context.asked and answer.strip() and not self.context.continuation:
+        elif self.under and answer.strip():
             lines = [UNDER] * (prompt[-1:] not in "?？؟;")
         return "".join(f"\n\n{line}" for line in lines)
 

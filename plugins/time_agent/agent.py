@@ -14,6 +14,8 @@ class Time(BaseAgent):
     """Tells the model the date and the time."""
 
     async def on_request(self, payload: Payload) -> Payload:
-        now = datetime.now().astimezone()
-        today = now.strftime("%A, %d %B %Y, %H:%M %Z (UTC%z)")
+        if "now" in vars(self):  # it is a guard, and tools ran
+            return payload
+        self.now = datetime.now().astimezone()
+        today = self.now.strftime("%A, %d %B %Y, %H:%M %Z (UTC%z)")
         return add_context(payload, f"It is {today}.")

@@ -11,7 +11,18 @@ from typing import Any
 import pytest
 
 from plugins.audit_agent.agent import RotatedFile
-from tests.support import PATHS, FakeOllama, chat, outcomes, running, said, write_agent
+from tests.slices.test_tools import WAYS, WEATHER, call
+from tests.support import (
+    PATHS,
+    FakeOllama,
+    chat,
+    frames,
+    outcomes,
+    running,
+    said,
+    whole,
+    write_agent,
+)
 
 PLUGINS = Path(__file__).parents[2] / "plugins"
 REFUSES = """
@@ -62,6 +73,24 @@ async def test_who_asked_what_is_noted_as_text_or_digest(
     asked = {"model": "demo", "agents": ["audit", "time"], "prompt": shown("what day?")}
     assert request == {"event": "request", "id": "r1", **asked}
     assert response == {"event": "answer", "id": "r1", "finish": "stop", "answer": shown("Hello")}
+
+
+@pytest.mark.parametrize(("path", "stream"), WAYS)
+async def test_where_it_is_a_guard_a_chat_with_tools_has_two_lines(
+    ollama: FakeOllama, ollama_url: str, agents: Path, path: str, stream: bool
+) -> None:
+    write_agent(agents, "weather", WEATHER)
+    end = b"".join(frames(path, "Rain.")) if stream else whole(path, "Rain.")
+    ollama.says_in_turn(path, call(path, "tagcall", stream), end, stream=stream)
+    guard = on(texts=True)["audit"] | {"on_error": "abort"}
+
+    async with running(ollama_url, agents, agents={"audit": guard}) as client:
+        body = chat(path, "/weather how is it?", stream=stream)
+        answer = await client.post(path, json=body)
+
+    request, response = lines(agents.parent / "data")
+    assert (request["prompt"], response["finish"]) == ("how is it?", "stop")
+    assert response["answer"] == said(answer.content) != ""
 
 
 async def test_what_is_refused_has_one_line_and_what_is_explained_none(

@@ -45,6 +45,15 @@ class Files(BaseAgent):
 """
 
 
+LOOKUP = """
+class Lookup(BaseAgent):
+    tools = [{"name": "f"}]
+
+    async def on_tool(self, name, arguments):
+        return "42"
+"""
+
+
 @pytest.fixture
 def agents(plugins: Path) -> Path:
     for name in ("cache", "translate"):
@@ -116,6 +125,20 @@ CALL = {"role": "assistant", "content": "", "tool_calls": [{"function": {"name":
 RESULT = {"role": "tool", "content": "42"}
 OPTIONS = [{"options": {"seed": 1, "top_k": 2}}, {"options": {"top_k": 2, "seed": 1}}]
 SYSTEM = {"role": "system", "content": "s"}
+
+
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("text", ["/cache /lookup hello", "/lookup /cache hello"])
+async def test_an_answer_for_which_a_tool_could_be_called_is_not_kept(
+    ollama: FakeOllama, ollama_url: str, agents: Path, path: str, text: str
+) -> None:
+    write_agent(agents, "lookup", LOOKUP)
+    numbered(ollama)
+
+    async with running(ollama_url, agents) as client:
+        said = [await ask(client, text, path=path) for _ in range(2)]
+
+    assert said == ["answer 1", "answer 2"]
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from plugins.time_agent.agent import Time
 from tests.support import PATHS, FakeOllama, chat, prompts, running
 
 PLUGINS = Path(__file__).parents[2] / "plugins"
@@ -36,3 +37,12 @@ async def test_the_zone_is_that_of_the_machine_and_only_the_last_question_change
     first, second, last = prompts(ollama.asked[0])
     assert (first, second) == ("hi", "hello")
     assert last.startswith("It is ") and last.endswith(" IST (UTC+0530).\n\nand now?")
+
+
+async def test_where_it_is_a_guard_it_says_the_time_once() -> None:
+    agent = Time()
+
+    once = await agent.on_request({"messages": [{"role": "user", "content": "and now?"}]})
+    again = await agent.on_request({"messages": [dict(once["messages"][0])]})
+
+    assert again == once and once["messages"][0]["content"].count("It is ") == 1
