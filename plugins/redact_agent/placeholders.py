@@ -11,8 +11,9 @@ import json
 import re
 from collections import Counter
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 
-from .finding import Span, merged, windows
+from .finding import Span, merged, places, windows
 
 KIND = "NAME|EMAIL|PHONE|IBAN|CARD|SECRET"
 OPEN = r"(?P<left>\\{0,2})(?:[\[［【〔]|(?<=\\)u005b)"
@@ -32,38 +33,76 @@ BEGINNING = re.compile(
     re.I | re.A,
 )
 LONGEST = 40  # signs of a placeholder with all its decoration
+# In JSON: a string, or what stands outside of strings: a number of which a part was hidden
+UNQUOTED = re.compile(r'("(?:[^"\\]|\\.)*+"?)|[\d.-]{0,30}(?:\[[A-Z]+_\d+\][\d.]{0,30})+', re.S)
 LETTERS = re.compile(r"(?:\\{1,4}u[0-9a-fA-F]{4})+")  # as JSON may escape them
+
+
+class Marked(str):
+    """A text of a message; in one that is the model's `own`, placeholders are the agent's.
+
+    Arguments of a call, `given` as an object or as text, are one text in JSON, so that a key tells
+    what its value is.
+    """
+
+    own: bool = False
+    given: object = None
 
 
 class Placeholders:
     """The placeholders of one conversation; `escaped` means that its answer is JSON."""
 
-    def __init__(self, texts: Iterable[str], *, escaped: bool) -> None:
+    def __init__(self, *, escaped: bool) -> None:
         self._escaped = escaped
-        self._taken = {name_of(found) for text in texts for found in shapes(text)}
+        self._taken: set[str] = set()
         self._numbers: Counter[str] = Counter()
         self._of: dict[str, str] = {}  # value to placeholder
         self._values: dict[str, str] = {}  # placeholder, without brackets, to value
         self._held = ""
         self._before = ""  # the last signs of what was sent already
 
-    def hide(self, text: str, spans: Iterable[Span]) -> str:
-        """Return `text` with a placeholder for each span of what `find` found."""
+    def reserve(self, texts: Iterable[str]) -> None:
+        """Never give out what already stands in some texts."""
+        self._taken |= {name_of(found) for text in texts for found in shapes(text)}
+
+    def hide(self, text: Marked, spans: Iterable[Span]) -> str:
+        """Return `text` with a placeholder for each span of what `find` found.
+
+        Placeholders in a text of the model's own stay; in others they are hidden like a value. In
+        arguments known values of four signs are found anywhere: a placeholder may have stood there.
+        """
+        values = [json.dumps(v, ensure_ascii=False)[1:-1] for v in self._of if text.given]
+        found = [at for value in values if len(value) > 3 for at in places(text, value, 0)]
+        repeated = [Span(*at, "SECRET") for at in found if text[at[0] - 1] != "\\"]  # of an escape
         pieces, at = [], 0
-        for span in merged(spans):
-            value = LETTERS.sub(unescaped, text[span.start : span.end])
+        for span in merged([*spans, *self._given(text), *repeated]):
+            value = text[span.start : span.end]
+            if text.own and self._given(value):
+                continue
+            with suppress(ValueError):  # it is more than a piece of one string
+                value = json.loads(f'"{value}"', strict=False) if text.given else value
+            value = LETTERS.sub(unescaped, value)
             pieces += [text[at : span.start], self._of.get(value) or self._new(span.kind, value)]
             at = span.end
-        return "".join([*pieces, text[at:]])
+        hidden = "".join([*pieces, text[at:]])
+        return UNQUOTED.sub(lambda it: it[1] or f'"{it[0]}"', hidden) if text.given else hidden
+
+    def _given(self, text: str) -> list[Span]:
+        """Return the places of placeholders that stand for a value."""
+        found = [(it.span(), name_of(it)) for it in shapes(text)] if self._values else []
+        return [Span(*at, name.partition("_")[0]) for at, name in found if name in self._values]
 
     def _new(self, kind: str, value: str) -> str:
         name = ""
         while not name or name in self._taken:
             self._numbers[kind] += 1
             name = f"{kind}_{self._numbers[kind]}"
-        self._of[value] = f"[{name}]"
-        self._values[name] = value
+        self._of[value], self._values[name] = f"[{name}]", value
         return self._of[value]
+
+    def restore(self, text: str) -> str:
+        """Return a text that is no part of the answer with its values."""
+        return SHAPE.sub(self._value, text)
 
     def feed(self, text: str) -> str:
         """Return the next piece of the answer with its values, and hold back what may still
@@ -80,18 +119,14 @@ class Placeholders:
 
     def _restored(self, text: str) -> str:
         at, text = len(self._before), self._before + text
-        pieces = []
-        for found in SHAPE.finditer(text, at):
-            pieces += [text[at : found.start()], self._value(found)]
-            at = found.end()
         self._before = text[-2:]
-        return "".join([*pieces, text[at:]])
+        return SHAPE.sub(lambda found: self._value(found, self._escaped), text)[at:]
 
-    def _value(self, found: re.Match[str]) -> str:
+    def _value(self, found: re.Match[str], escaped: bool = False) -> str:
         value = self._values.get(name_of(found))
         if value is None:
             return found[0]
-        if self._escaped:
+        if escaped:
             value = json.dumps(value, ensure_ascii=False)[1:-1]
         if found["word"]:
             return value
@@ -114,7 +149,7 @@ class Placeholders:
 def shapes(text: str) -> Iterator[re.Match[str]]:
     """Yield what looks like a placeholder, also twice; a window after the other, as `find` does."""
     for at in windows(text):
-        yield from SHAPE.finditer(text[at : at + windows(text).step + LONGEST])
+        yield from SHAPE.finditer(text, at, at + windows(text).step + LONGEST)
 
 
 def name_of(found: re.Match[str]) -> str:

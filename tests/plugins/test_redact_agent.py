@@ -24,10 +24,24 @@ from kernel.agent import Abort
 from kernel.config import PluginsConfig
 from kernel.registry import PluginRegistry
 from plugins.redact_agent.agent import Redact
-from tests.support import FakeOllama, done, event, line, running, said, turn
+from tests.support import (
+    BY_PATH,
+    FakeOllama,
+    House,
+    done,
+    event,
+    frames,
+    line,
+    running,
+    said,
+    turn,
+    whole,
+)
+from tests.support import calling as answers
 
 PLUGINS = Path(__file__).parents[2] / "plugins"
 PATHS = ["/api/chat", "/v1/chat/completions"]
+WAYS = [(path, stream) for path in BY_PATH for stream in (True, False)]
 NAMES = ["Anna", "Anna Müller", "O'Brien", "Jean-Luc", "Weiß", "İpek", "王小明", 'Tom "T" Hill']
 KEY = "-----BEGIN EC PRIVATE KEY-----\nProc-Type: 4\nMIIEvQIB\nBg+/==\n-----END EC PRIVATE KEY-----"
 JWT = "eyJhbGciOiJIUzI1NiJ9.eyJzdWIiOiIxMjM0NTY3ODkwIn0.dozjgNryP4J3jVmNHl0w5N_XgL0n3I9PlFUP"
@@ -35,12 +49,7 @@ JWT = "eyJhbGciOiJIUzI1NiJ9.eyJzdWIiOiIxMjM0NTY3ODkwIn0.dozjgNryP4J3jVmNHl0w5N_X
 
 def an_agent(**settings: Any) -> Redact:
     agent = Redact()
-    agent.settings = {
-        "names": NAMES,
-        "regions": [],
-        "images": "refuse",
-        "tools": "refuse",
-    } | settings
+    agent.settings = {"names": NAMES, "regions": [], "images": "refuse"} | settings
     agent.setup()
     return agent
 
@@ -53,6 +62,26 @@ def asked(*messages: dict[str, Any], agent: Redact = AGENT, **fields: Any) -> tu
     mine = copy.copy(agent)
     payload = {"model": "m", "messages": copy.deepcopy(list(messages)), **fields}
     return mine, mine.on_request(payload)["messages"]
+
+
+def go_on(agent: Redact, sent: list[Any], *new: dict[str, Any], **fields: Any) -> list[Any]:
+    """Return the messages that the model gets in the next round, after tools ran."""
+    payload = {"model": "m", "messages": copy.deepcopy([*sent, *new]), **fields}
+    messages: list[Any] = agent.on_request(payload)["messages"]
+    return messages
+
+
+def calling(arguments: Any, name: str = "send", **fields: Any) -> dict[str, Any]:
+    """Return a message in which the model calls a tool."""
+    call = {"id": "1", "function": {"name": name, "arguments": arguments}}
+    return {"role": "assistant", "content": "", "tool_calls": [call], **fields}
+
+
+def called(agent: Redact, arguments: Any, name: str = "send") -> Any:
+    """Return the arguments with which a tool is called that the model calls with `arguments`."""
+    call = {"id": "1", "name": name, "arguments": arguments, "agent": "mail"}
+    (changed,) = asyncio.run(agent.on_calls([copy.deepcopy(call)]))
+    return changed["arguments"]
 
 
 def redacted(text: str) -> str:
@@ -377,6 +406,8 @@ def test_what_was_hidden_comes_back_letter_for_letter(text: str, places: list[in
     [
         *({"format": form} for form in ("json", {"type": "object"})),
         *({"response_format": {"type": kind}} for kind in ("json_object", "json_schema")),
+        *({key: {"format": {"type": "json_schema"}}} for key in ("text", "output_config")),
+        {"output_format": {"type": "json_schema"}},
     ],
 )
 def test_where_json_is_asked_for_values_keep_it_valid(fields: dict[str, Any]) -> None:
@@ -389,7 +420,14 @@ def test_where_json_is_asked_for_values_keep_it_valid(fields: dict[str, Any]) ->
 
 
 @pytest.mark.parametrize(
-    "fields", [{}, {"format": ""}, {"response_format": None}, {"response_format": {"type": "text"}}]
+    "fields",
+    [
+        {},
+        {"format": ""},
+        {"response_format": None},
+        {"response_format": {"type": "text"}},
+        {"text": {"format": {"type": "text"}}},
+    ],
 )
 def test_where_text_is_asked_for_values_are_text(fields: dict[str, Any]) -> None:
     agent, _ = asked({"role": "user", "content": 'Tom "T" Hill'}, **fields)
@@ -426,25 +464,15 @@ def test_an_operator_may_let_it_pass_as_it_is(fields: dict[str, Any], named: str
     assert messages == [message]
 
 
-@pytest.mark.parametrize(
-    ("fields", "setting"), [({"tools": [{"function": {}}]}, "pass"), ({"logprobs": True}, None)]
-)
-def test_what_would_come_back_with_placeholders_is_refused(
-    fields: dict[str, Any], setting: str | None
-) -> None:
-    message = {"role": "user", "content": "bob@x.de"}
-
-    with pytest.raises(Abort) as refused:
-        asked(message, **fields)
+def test_an_answer_with_logprobs_is_refused() -> None:
+    with pytest.raises(Abort, match="logprobs") as refused:
+        asked({"role": "user", "content": "bob@x.de"}, logprobs=True)
 
     assert refused.value.status == 403
-    if setting:
-        _, messages = asked(message, agent=an_agent(tools=setting), **fields)
-        assert messages[0]["content"] == "[EMAIL_1]"
 
 
 @pytest.mark.parametrize(
-    "wrong", [{"names": "Anna"}, {"names": [""]}, {"names": [1]}, {"images": "no"}, {"tools": True}]
+    "wrong", [{"names": "Anna"}, {"names": [""]}, {"names": [1]}, {"images": "no"}]
 )
 async def test_a_wrong_setting_is_said_at_the_start(tmp_path: Path, wrong: dict[str, Any]) -> None:
     config = PluginsConfig(dirs=(PLUGINS,), only=("redact",))
@@ -469,6 +497,294 @@ def test_requests_do_not_share_their_values() -> None:
     assert restored(one, ["[EMAIL_1"]) == "[bob@x.de"
     assert (restored(one, ["[EMAIL_1]"]), restored(two, ["[EMAIL_1]"])) == ("bob@x.de", "eve@x.de")
     assert vars(AGENT) == before
+
+
+# Tools: what the model calls them with, and the rounds after they ran
+
+
+@pytest.mark.parametrize(
+    ("written", "told"),
+    [
+        ({"to": "[EMAIL_1]"}, {"to": "bob@x.de"}),
+        (
+            {"a": [{"b": ["x [email_1]", 1, None, True]}]},
+            {"a": [{"b": ["x bob@x.de", 1, None, True]}]},
+        ),
+        ({"[EMAIL_1]": {"[NAME_1]": "EMAIL_1"}}, {"bob@x.de": {'Tom "T" Hill': "bob@x.de"}}),
+        (
+            {"name": "[NAME_1]", "text": "{[NAME_1]}"},
+            {"name": 'Tom "T" Hill', "text": '{Tom "T" Hill}'},
+        ),
+        ({"key": "[SECRET_1]"}, {"key": KEY}),
+        ({"to": "[EMAIL_2] [E MAIL_1] [EMAIL_01]"}, None),  # altered
+        ({"to": "eve@x.de", "n": 4111111111111111}, None),
+        ({}, None),
+    ],
+)
+@pytest.mark.parametrize("fields", [{}, {"format": "json"}])
+def test_a_tool_is_called_with_the_values(written: Any, told: Any, fields: dict[str, Any]) -> None:
+    agent, _ = asked({"role": "user", "content": f'bob@x.de Tom "T" Hill {KEY}'}, **fields)
+
+    assert called(agent, written) == (written if told is None else told)
+
+
+def test_tools_whose_names_were_hidden_are_called_by_their_own() -> None:
+    tools = [{"type": "function", "function": {"name": "anna_mail", "parameters": {}}}]
+    agent, _ = asked({"role": "user", "content": "hi"}, tools=tools)
+    ours = {"id": "1", "name": "[NAME_1]_mail", "arguments": {}, "agent": "mail"}
+    theirs = ours | {"id": "2", "name": "EMAIL_1", "agent": ""}
+
+    calls = asyncio.run(agent.on_calls([ours, theirs]))
+
+    assert calls == [ours | {"name": "anna_mail"}, theirs]
+
+
+@pytest.mark.parametrize("form", ["ollama", "responses", "anthropic"])
+def test_a_number_is_one_again_where_the_tool_wants_one(form: str) -> None:
+    kinds = {"card": "integer", "text": "string", "anna": "number", "spaced": "integer"}
+    inner = {"cards": {"type": "array", "items": {"type": "integer"}}}
+    schema = {"properties": {key: {"type": kind} for key, kind in kinds.items()} | inner}
+    tool: dict[str, Any] = {"name": "pay", "parameters": schema}
+    if form == "anthropic":
+        tool = {"name": "pay", "input_schema": schema}
+    tools = [{"type": "function", "function": tool} if form == "ollama" else tool, {"name": "no"}]
+    number = 4111111111111111
+    agent, sent = asked(
+        {"role": "user", "content": "4111 1111 1111 1111"},
+        calling({"card": number, "n": 1234567890}, "pay"),
+        tools=tools,
+    )
+    hidden: Any = {"card": "[CARD_2]", "n": 1234567890}
+    assert sent[1]["tool_calls"][0]["function"]["arguments"] == hidden
+
+    written: Any = {key: "[CARD_2]" for key in [*kinds, "other"]}
+    written |= {"spaced": "[CARD_1]", "cards": ["[CARD_2]", "x"], "[NAME_1]": "[CARD_2]"}
+
+    told: Any = {"card": number, "text": str(number), "anna": number, "other": str(number)}
+    told |= {"spaced": "4111 1111 1111 1111", "cards": [number, "x"]}
+    assert called(agent, written, "pay") == told
+    assert called(agent, {"card": "[CARD_2]"}, "no") == {"card": str(number)}
+
+
+@pytest.mark.parametrize("parameters", [None, 1, [], {"properties": []}, {"properties": {"to": 1}}])
+def test_a_schema_that_is_none_harms_nobody(parameters: Any) -> None:
+    tools = [{"function": {"name": "send", "parameters": parameters}}, {"name": 1}, 1]
+    agent, _ = asked({"role": "user", "content": "bob@x.de"}, tools=tools)
+
+    assert called(agent, {"to": {"to": ["[EMAIL_1]"]}}) == {"to": {"to": ["bob@x.de"]}}
+
+
+def test_a_value_keeps_its_placeholder_in_all_rounds() -> None:
+    tool = {"name": "look_up", "description": "Looks up bob@x.de"}
+    agent, first = asked({"role": "user", "content": "bob@x.de, password: hunter2"}, tools=[tool])
+    call = calling({"of": "[EMAIL_1]", "[EMAIL_1]": "EMAIL_1"}, content="[email_1] is [EMAIL_9]")
+    result = {
+        "role": "tool",
+        "content": "eve@x.de is the boss of bob@x.de, who types hunter2; [EMAIL_7]",
+    }
+
+    second = go_on(agent, first, call, result, tools=[tool])
+    third = go_on(agent, second, calling({"of": "[EMAIL_2]"}), result)
+
+    hidden = "[EMAIL_2] is the boss of [EMAIL_1], who types [SECRET_1]; [EMAIL_7]"
+    assert second == [*first, call, result | {"content": hidden}]
+    assert third == [*second, calling({"of": "[EMAIL_2]"}), result | {"content": hidden}]
+    assert called(agent, {"to": "[EMAIL_2]"}) == {"to": "eve@x.de"}
+    text = "[EMAIL_1], [EMAIL_2] and [SECRET_1], not [EMAIL_9]"
+    assert restored(agent, text) == "bob@x.de, eve@x.de and hunter2, not [EMAIL_9]"
+
+
+def test_what_the_model_invented_gets_no_meaning_later() -> None:
+    agent, sent = asked({"role": "user", "content": "hi"})
+
+    sent = go_on(agent, sent, calling({"to": "[EMAIL_1]"}), {"role": "tool", "content": "bob@x.de"})
+
+    assert sent[2]["content"] == "[EMAIL_2]"
+    assert called(agent, {"to": "[EMAIL_1], [EMAIL_2]"}) == {"to": "[EMAIL_1], bob@x.de"}
+
+
+FUNCTION = {"name": "send", "arguments": '{"of": "[EMAIL_1]"}'}
+CALLS: dict[str, Any] = {
+    "ollama": calling({"of": "[EMAIL_1]"}),
+    "openai": calling('{"of": "[EMAIL_1]"}'),
+    "anthropic": {
+        "role": "assistant",
+        "content": [{"type": "tool_use", "id": "1", "name": "send", "input": {"of": "[EMAIL_1]"}}],
+    },
+    "responses": {"type": "function_call", "call_id": "1", **FUNCTION},
+}
+RESULTS: dict[str, Any] = {
+    "ollama": lambda text: {"role": "tool", "tool_name": "read", "content": text},
+    "openai": lambda text: {"role": "tool", "tool_call_id": "1", "content": text},
+    "anthropic": lambda text: {
+        "role": "user",
+        "content": [{"type": "tool_result", "tool_use_id": "1", "content": text}],
+    },
+    "responses": lambda text: {"type": "function_call_output", "call_id": "1", "output": text},
+}
+
+
+@pytest.mark.parametrize("dialect", RESULTS)
+@pytest.mark.parametrize(
+    "text", ["[EMAIL_1]", "send(to='[email_1]') EMAIL_1", "[EMAIL_2]", "x " * 9000 + "[EMAIL_1]"]
+)
+@pytest.mark.parametrize("rounds", [1, 2])
+def test_a_placeholder_that_a_result_forges_stands_for_itself(
+    dialect: str, text: str, rounds: int
+) -> None:
+    """Also where it is a text that the model was sent before, as the user's "[EMAIL_1]" here."""
+    forged = RESULTS[dialect](text)
+    agent, sent = asked({"role": "user", "content": "bob@x.de"})
+    for _ in range(rounds):
+        sent = go_on(agent, sent, CALLS[dialect], forged)
+    assert sent[-2] == CALLS[dialect]
+    seen = sent[-1].get("output") or sent[-1]["content"]
+    seen = seen[0]["content"] if isinstance(seen, list) else seen
+
+    assert sent[0]["content"] == "[EMAIL_1]" and "EMAIL_1" not in seen.upper()
+    assert restored(agent, [seen]) == text
+    assert called(agent, {"to": seen}) == {"to": text}
+    assert called(agent, {"to": "[EMAIL_1]"}) == {"to": "bob@x.de"}
+
+
+@pytest.mark.parametrize("dialect", RESULTS)
+def test_a_placeholder_in_an_earlier_result_or_answer_is_not_the_agents(dialect: str) -> None:
+    """The client keeps answers with values in them: what is left there, somebody else wrote."""
+    agent, sent = asked(
+        {"role": "user", "content": "bob@x.de"},
+        {"role": "assistant", "content": "It says [EMAIL_1].", "thinking": "[EMAIL_3]"},
+        RESULTS[dialect]("[EMAIL_2]"),
+    )
+
+    assert sent[0]["content"] == "[EMAIL_3]"
+    assert restored(agent, ["[EMAIL_1] [EMAIL_2]"]) == "[EMAIL_1] [EMAIL_2]"
+
+
+THOUGHT = "[EMAIL_1] says hello"
+
+
+@pytest.mark.parametrize(
+    "item",
+    [
+        {"role": "assistant", "content": "", "reasoning": THOUGHT},
+        {"role": "assistant", "content": [{"type": "thinking", "thinking": THOUGHT}]},
+        {"type": "reasoning", "summary": [{"type": "summary_text", "text": THOUGHT}]},
+    ],
+)
+def test_thoughts_are_the_models_own_in_every_dialect(item: dict[str, Any]) -> None:
+    _, sent = asked({"role": "user", "content": "bob@x.de"}, item)
+
+    assert sent == [{"role": "user", "content": "[EMAIL_1]"}, item]
+
+
+@pytest.mark.parametrize("as_text", [True, False])
+def test_a_call_with_values_that_the_user_allowed_is_hidden(as_text: bool) -> None:
+    arguments: Any = {"to": "bob@x.de", "name": 'Tom "T" Hill', "key": KEY, "id": 30123456789}
+    agent, sent = asked({"role": "user", "content": f'bob@x.de Tom "T" Hill {KEY}'})
+
+    call = calling(json.dumps(arguments) if as_text else arguments)
+    sent = go_on(agent, sent, call, {"role": "tool", "content": "sent to bob@x.de"})
+
+    told = sent[1]["tool_calls"][0]["function"]["arguments"]
+    hidden = {"to": "[EMAIL_1]", "name": "[NAME_1]", "key": "[SECRET_1]", "id": 30123456789}
+    assert (json.loads(told) if as_text else told) == hidden
+    assert sent[2]["content"] == "sent to [EMAIL_1]"
+
+
+@pytest.mark.parametrize("again", [True, False])
+def test_what_came_back_in_a_call_is_hidden_however_it_stands_there(again: bool) -> None:
+    """A short password, or a name inside of a word, may be something else in other texts."""
+    told = {"role": "user", "content": "password: a1b2. Anna is not a1b2, or Annabel"}
+    mine, sent = asked(told)
+    assert sent[0]["content"] == "password: [SECRET_1]. [NAME_1] is not a1b2, or Annabel"
+    written = {"text": "x[SECRET_1]y", "file": "of[NAME_1]2024.txt"}
+    call = calling(called(mine, written))
+
+    _, messages = (mine, go_on(mine, sent, call)) if again else asked(told, call)
+
+    assert messages == [*sent, calling(written)]
+
+
+def test_a_very_short_name_is_not_looked_for_inside_of_words() -> None:
+    told = {"role": "user", "content": "I am Li"}
+
+    _, messages = asked(told, calling({"do": "List of Li"}), agent=an_agent(names=["Li"]))
+
+    assert messages[1] == calling({"do": "List of [NAME_1]"})
+
+
+def test_the_sign_of_an_escape_is_no_part_of_a_value() -> None:
+    agent, sent = asked({"role": "user", "content": "password: nnnn1"})
+    call = calling({"text": "\nnnn1, \\nnnn1, nnnn1"})
+
+    sent = go_on(agent, sent, call)
+
+    hidden = {"text": "\nnnn1, \\nnnn1, [SECRET_1]"}
+    assert sent[1]["tool_calls"][0]["function"]["arguments"] == hidden
+
+
+def test_a_value_that_holds_a_placeholder_is_not_hidden_once_more() -> None:
+    """An address with a password in it is found again where the password is hidden already."""
+    agent, sent = asked({"role": "user", "content": "postgres://user:pa55@localhost/db"})
+    call = calling({"url": "postgres://user:[SECRET_1]@localhost/db"})
+
+    assert go_on(agent, sent, call) == [*sent, call]
+    assert called(agent, {"url": "[SECRET_1]"}) == {"url": "pa55"}
+
+
+def test_tools_that_come_later_are_searched() -> None:
+    mine, late = (
+        {"name": "a", "description": "of bob@x.de"},
+        {"name": "b", "description": "eve@x.de"},
+    )
+    agent, sent = asked({"role": "user", "content": "bob@x.de"}, tools=[mine])
+    payload = {
+        "model": "m",
+        "messages": sent,
+        "tools": [{"name": "a", "description": "of [EMAIL_1]"}],
+    }
+
+    payload["tools"].append(late)
+    tools = agent.on_request(payload)["tools"]
+
+    assert [tool["description"] for tool in tools] == ["of [EMAIL_1]", "[EMAIL_2]"]
+
+
+def test_a_result_that_cannot_be_searched_is_refused() -> None:
+    agent, sent = asked({"role": "user", "content": "bob@x.de"})
+
+    with pytest.raises(Abort, match="cannot look into images"):
+        go_on(agent, sent, calling({}), {"role": "tool", "content": "", "images": ["AAAA"]})
+
+
+def test_a_call_does_not_touch_the_text_around_it() -> None:
+    """What is held back at the end of a round leaves with the next one's text."""
+
+    async def rounds() -> list[str]:
+        pieces = [await agent.on_chunk("I ask [EMA")]
+        await agent.on_calls([{"id": "1", "name": "a", "arguments": {"to": "[EMAIL_1]"}}])
+        return [*pieces, await agent.on_chunk("IL_1], [EMAIL"), await agent.on_end()]
+
+    agent, _ = asked({"role": "user", "content": "bob@x.de"})
+
+    assert asyncio.run(rounds()) == ["I ask ", "bob@x.de, ", "[EMAIL"]
+
+
+@settings(deadline=None)
+@given(TEXTS, TEXTS, TEXTS, TEXTS)
+def test_rounds_keep_what_was_sent_and_bring_back_what_was_hidden(
+    question: str, thought: str, one: str, two: str
+) -> None:
+    agent, first = asked({"role": "user", "content": f"password=hunter2 {question} bob@x.de Anna"})
+    call = calling({"a": thought}, thinking=thought)
+
+    second = go_on(agent, first, call, {"role": "tool", "content": one})
+    third = go_on(agent, second, {"role": "tool", "content": two})
+
+    assert second[0] == first[0] and third[:3] == second
+    for sent, text in ((second[2], one), (third[3], two)):
+        assert called(agent, {"a": sent["content"]}) == {"a": text}
+        assert not {"bob@x.de", "王小明", "hunter2", "Anna"} & set(sent["content"].split())
 
 
 SIZE = 200_000
@@ -515,6 +831,20 @@ def test_no_text_takes_longer_than_its_length(unit: str) -> None:
     assert restored(mine, [messages[0]["content"]]) == text
 
     assert time.process_time() - began < 5  # phonenumbers looks at each number; in a thread
+
+
+@pytest.mark.parametrize(
+    "unit", ["[EMAIL_1] ", "EMAIL_1", "[", "1", '"', '\\"', "://a:[EMAIL_1]@b "]
+)
+def test_no_round_takes_longer_than_its_length(unit: str) -> None:
+    text = (unit * SIZE)[:SIZE]
+    agent, sent = asked({"role": "user", "content": "bob@x.de"})
+
+    began = time.process_time()
+    sent = go_on(agent, sent, calling({"a": text}, content=text), {"role": "tool", "content": text})
+    assert called(agent, {"a": sent[-1]["content"]}) == {"a": text}
+
+    assert time.process_time() - began < 5
 
 
 def test_an_answer_that_comes_in_pieces_takes_no_longer_than_its_length() -> None:
@@ -611,10 +941,10 @@ async def test_a_refusal_is_an_error_of_the_dialect(
     ollama: FakeOllama, ollama_url: str, tmp_path: Path, path: str
 ) -> None:
     async with running(ollama_url, PLUGINS, data=tmp_path) as client:
-        answer = await client.post(path, json=turn("/redact x", tools=[{"type": "function"}]))
+        answer = await client.post(path, json=turn("/redact x", logprobs=True))
 
     assert answer.status_code == 403
-    assert "redact cannot restore the arguments of tool calls" in answer.text
+    assert "redact cannot restore an answer with logprobs" in answer.text
     assert not ollama.asked
 
 
@@ -639,6 +969,51 @@ async def test_values_are_neither_logged_nor_kept(
 
     assert caplog.records and "bob@" not in caplog.text
     assert "redact" not in os.listdir(tmp_path)
+
+
+POST = """
+class Post(BaseAgent):
+    tools = [{"name": "w", "parameters": {"type": "object"}}]
+    async def on_tool(self, name, arguments):
+        return f"{arguments['z'] == 'bob@x.de'}: eve@x.de is bob@x.de, says [EMAIL_1]"
+"""
+
+
+@pytest.mark.parametrize(("path", "stream"), WAYS)
+async def test_the_tools_of_agents_get_values_and_the_model_gets_none(
+    house: House, path: str, stream: bool
+) -> None:
+    (house.plugins / "redact_agent").symlink_to(PLUGINS / "redact_agent")
+    house.write("post", POST)
+    text = "[EMAIL_2], [EMAIL_1]; [EMAIL_3]"
+    end = b"".join(frames(path, *text)) if stream else whole(path, text)
+    house.ollama.says_in_turn(
+        path, answers(path, "Look: ", ("w", {"z": "[EMAIL_1]"}), stream=stream), end, stream=stream
+    )
+
+    answer = await house.ask(path, "/redact /post write to bob@x.de", stream=stream)
+
+    assert said(answer.content).endswith("eve@x.de, bob@x.de; [EMAIL_1]")
+    bodies = [asked.body for asked in house.ollama.asked]
+    assert len(bodies) == 2 and not any(b"@x.de" in body for body in bodies)
+    assert b"True: [EMAIL_2] is [EMAIL_1], says [EMAIL_3]" in bodies[1]
+
+
+@pytest.mark.parametrize(("path", "stream"), WAYS)
+async def test_the_clients_tools_get_values_and_the_model_gets_none(
+    house: House, path: str, stream: bool
+) -> None:
+    (house.plugins / "redact_agent").symlink_to(PLUGINS / "redact_agent")
+    own = {"stream": stream, "tools": BY_PATH[path].offer([{"name": "w"}])}
+    house.ollama.says_in_turn(
+        path, answers(path, "Look: ", ("w", {"z": "[EMAIL_1]"}), stream=stream), stream=stream
+    )
+
+    answer = await house.ask(path, "/redact write to bob@x.de", **own)
+
+    made = re.findall(rb'z\\?":\\?"([^"\\]*)', answer.content)
+    assert made and {*made} == {b"bob@x.de"}
+    assert b"@x.de" not in house.ollama.asked[0].body
 
 
 CASES = Path(__file__).with_name("redact_cases.txt").read_text(encoding="utf-8").splitlines()
