@@ -12,7 +12,7 @@ from typing import Any
 
 from kernel.agent import Message
 from kernel.dialects import Chunk, Dialect
-from kernel.dialects.calls import JointState, Made, ToolCall
+from kernel.dialects.calls import JointState, Result, ToolCall
 
 
 class Rounds:
@@ -59,7 +59,8 @@ class Rounds:
         places = dialect.places(chunk)
         self._text += [holder[key] for holder, key in places]
         self._thinking.append(dialect.thoughts(chunk))
-        self._last = chunk if dialect.message(chunk) or not self._last else self._last
+        if not self._last or (dialect.message(chunk) and not dialect.ends(chunk)):
+            self._last = chunk
         left = dialect.take(chunk, self.calls)
         if left == {}:
             return []
@@ -75,11 +76,11 @@ class Rounds:
             return []
         return [dialect.edit(frame, chunk) if joined or left is not None else frame]
 
-    def history(self, results: Sequence[Made]) -> list[Message]:
-        """Return this round as messages of the payload, with the calls that have results."""
-        calls = [call for call, _ in results]
+    def history(self, results: Sequence[Result]) -> list[Message]:
+        """Return this round as messages of the payload: what the model wrote, and the results."""
+        calls = [*self.calls.values()]
         said = self._dialect.spoken("".join(self._text), "".join(self._thinking), calls)
-        return said + self._dialect.results(results)
+        return said + self._dialect.results(list(zip(calls, results, strict=True)))
 
     def go_on(self) -> None:
         """Begin the next round."""
@@ -93,10 +94,12 @@ class Rounds:
 
     def finish(self, calls: Sequence[ToolCall]) -> list[bytes]:
         """Return what ends the answer, with these calls for the client."""
-        dialect, frames = self._dialect, []
+        dialect = self._dialect
+        frames: list[bytes] = []
         if calls and not (self._whole or self._broken):
-            chunks = dialect.call(self._last, calls, self._state)
-            frames += [dialect.encode(chunk) for chunk in chunks]
+            for said in dialect.call(self._last, calls):
+                dialect.join(said, self._state)
+                frames.append(dialect.encode(said))
         for frame, chunk, changed in self._ending:
             if chunk is None:
                 frames.append(frame)

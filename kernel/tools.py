@@ -29,7 +29,7 @@ from typing import Any
 from kernel.agent import BaseAgent, Call, Message, Tool
 from kernel.dialects import dumps, loads, table
 from kernel.dialects.calls import Made, Result, ToolCall, contents_of
-from kernel.errors import NotAllowed, PluginExecutionError
+from kernel.errors import PluginExecutionError
 from kernel.foreign import plain
 
 NAME = re.compile(r"\S{1,128}")  # of a tool
@@ -41,7 +41,7 @@ MOST = 2**14  # characters of what an id can carry
 CONTENTS = {"text": ("text",), "image": ("data", "mimeType")}  # of a result
 
 ASKED = "This would be called:"
-SHOWN = re.compile(rf"{ASKED}\n\n(`{{3,}})\n(.*)\n\1\n\n[^\n]*\(osp:(\w+)\)\s*", re.S)
+SHOWN = re.compile(rf"{ASKED}\n\n(`{{3,}})\n(.*)\n\1\n\n[^\n]*\(osp:(\w+)\)", re.S)
 ALTERED = "this is not what you were asked, so nothing was done"
 HIDDEN = re.compile(r"[^ -~]")  # looked at one by one: what does not print is shown as its number
 
@@ -91,15 +91,13 @@ def judged(result: Any, known: Iterable[str]) -> list[Call]:
     return result
 
 
-def change(call: ToolCall, to: Sequence[Call]) -> None:
-    """Give a call the name and the arguments that agents left; none: they refuse it."""
-    call.refused = not to
-    for left in to[:1]:
-        arguments = left["arguments"]
-        if arguments != seen(call, 0, "")["arguments"]:
-            bare = list(arguments) == [""] and isinstance(arguments[""], str)
-            call.arguments = arguments[""] if bare else dumps(arguments).decode()
-        call.name = left["name"]
+def change(call: ToolCall, to: Call) -> None:
+    """Give a call the name and the arguments that agents want."""
+    arguments = to["arguments"]
+    if arguments != seen(call, 0, "")["arguments"]:
+        bare = list(arguments) == [""] and isinstance(arguments[""], str)
+        call.arguments = arguments[""] if bare else dumps(arguments).decode()
+    call.name = to["name"]
 
 
 def result_of(value: Any) -> Result:
@@ -172,6 +170,14 @@ def decoded(text: str) -> list[tuple[ToolCall, str | None]]:
 
 
 @dataclass(frozen=True, slots=True)
+class Shown:
+    """What a user was asked: the text without it, and agent and call; none if it was altered."""
+
+    rest: str
+    calls: list[tuple[str, ToolCall]]
+
+
+@dataclass(frozen=True, slots=True)
 class Consent:
     """Asks the user before calls are made; `folder` keeps the key, which is made when needed."""
 
@@ -186,19 +192,17 @@ class Consent:
         code = self._code(user, lines)
         return f"{ASKED}\n\n{fence}\n{lines}\n{fence}\n\n{cure} (osp:{code})"
 
-    def given(self, user: str, text: str) -> tuple[str, list[tuple[str, ToolCall]]] | None:
-        """Return the text before the question that ends a text, and the calls; None: it asks none.
-
-        Raises NotAllowed if this is not what this proxy asked this user.
-        """
+    def shown(self, user: str, text: str) -> Shown | None:
+        """Return what a text asks; None: it asks nothing."""
         at = text.rfind(ASKED)
-        found = SHOWN.fullmatch(text, at) if at >= 0 else None
+        found = SHOWN.match(text, at) if at >= 0 else None
         if not found:
             return None
+        rest = text[:at].rstrip() + text[found.end() :]  # clients may put thoughts behind it
         if not hmac.compare_digest(found[3], self._code(user, found[2])):
-            raise NotAllowed(ALTERED)
-        shown = [line.split(" ", 2) for line in found[2].split("\n")]
-        return text[:at].rstrip(), [(agent, ToolCall(name, text)) for agent, name, text in shown]
+            return Shown(rest, [])
+        lines = [line.split(" ", 2) for line in found[2].split("\n")]
+        return Shown(rest, [(agent, ToolCall(name, text)) for agent, name, text in lines])
 
     def _code(self, user: str, lines: str) -> str:
         data = f"{user}\0{lines}".encode(errors="surrogatepass")

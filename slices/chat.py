@@ -17,7 +17,6 @@ from collections.abc import (
     AsyncGenerator,
     AsyncIterator,
     Callable,
-    Collection,
     Coroutine,
     Iterable,
     Iterator,
@@ -75,7 +74,7 @@ from kernel.plugin import Plugin
 from kernel.presets import Presets
 from kernel.registry import PluginRegistry, refusal
 from kernel.rounds import Rounds
-from kernel.tools import Consent
+from kernel.tools import Consent, Shown
 
 logger = logging.getLogger(__name__)
 
@@ -248,25 +247,33 @@ class Chat:
         return turn
 
     def agree(self, turn: Turn) -> None:
-        """Where the user says yes to calls that were shown, let those wait, and nothing else.
+        """Take the proxy's questions and the user's yes out of the history.
 
-        The message before then counts as the last one. Raises NotAllowed for calls that were not.
+        Where the last message says yes, the calls that were shown wait, and the message of the user
+        before the question counts as the last. Raises NotAllowed if those are not what was shown.
         """
-        messages, yes = turn.payload["messages"], last_user(turn.payload)
-        if yes is None or not self.typed.agrees((typed_part(yes) or {}).get("text", "")):
-            return
-        at = next(n for n, message in enumerate(messages) if message is yes)
-        turns = [m for m in messages[:at] if str(m.get("role")).lower() in ("user", "assistant")]
-        asking = turns[-1] if turns and not is_user(turns[-1]) else {}
-        parts = text_parts(asking)
-        shown = self.consent.given(info(turn.scope).user, parts[-1]["text"]) if parts else None
-        if shown is None:
-            return
-        turn.agreed = True
-        parts[-1]["text"], turn.waiting = shown
-        replace_texts(asking, parts)
-        dropped = [yes] if text_of(asking) else [yes, asking]
-        turn.payload["messages"] = [m for m in messages if all(m is not each for each in dropped)]
+        user, last = info(turn.scope).user, last_user(turn.payload)
+        kept: list[Message] = []
+        shown: Shown | None = None
+        for message in turn.payload["messages"]:
+            if message.get("role") == "assistant":
+                parts = text_parts(message)
+                asking = [(part, self.consent.shown(user, part["text"])) for part in parts]
+                part, shown = next((pair for pair in asking if pair[1]), ({}, None))
+                if shown and shown.calls:
+                    part["text"] = shown.rest
+                    replace_texts(message, parts)
+                    if not text_of(message):
+                        continue
+            elif shown and is_user(message):
+                calls, shown = shown.calls, None
+                if self.typed.agrees((typed_part(message) or {}).get("text", "")):
+                    if message is last and not calls:
+                        raise errors.NotAllowed(tools.ALTERED)
+                    turn.agreed, turn.waiting = message is last, calls
+                    continue
+            kept.append(message)
+        turn.payload["messages"] = kept
 
     def strip(self, turn: Turn) -> list[Command]:
         """Take the commands out of every text of the user; return those of the last message.
@@ -354,7 +361,7 @@ class Chat:
             run, _ = turn.tools.get(call.name, (None, None))
             if run is None or agent not in ("", run.plugin.name):
                 call.name = f"{agent} {call.name}".strip()  # which no tool is called
-        calls = await judge(turn, [call for _, call in turn.waiting])
+        calls = await judge(turn, [call for _, call in turn.waiting], may_change=False)
         if question := turn.question_about(calls):
             return turn.say(question)
         turn.payload["messages"] += told(self.dialect, await use(turn, calls))
@@ -408,7 +415,8 @@ class Chat:
             turn.question = turn.question_about(calls)
             if turn.question:
                 break
-            turn.payload["messages"] += joint.history(await use(turn, calls))
+            results = [result for _, result in await use(turn, calls)]
+            turn.payload["messages"] += joint.history(results)
             if left == 1:
                 turn.withdraw()
             turn.payload = await run_again(turn)
@@ -743,17 +751,28 @@ async def run_again(turn: Turn) -> Payload:
 # Tools
 
 
-async def judge(turn: Turn, calls: Collection[ToolCall]) -> list[ToolCall]:
-    """Return calls as agents changed them, the refused ones marked."""
-    owners = {name: run.plugin.name for name, (run, _) in turn.tools.items()}
+async def judge(
+    turn: Turn, given: Iterable[ToolCall], *, may_change: bool = True
+) -> list[ToolCall]:
+    """Return copies of calls as agents changed them, the refused ones marked.
+
+    `may_change` is false for calls that went through this before the client, or the user, saw them.
+    """
+    calls, owners = (
+        [replace(call) for call in given],
+        {n: r.plugin.name for n, (r, _) in turn.tools.items()},
+    )
     shown = [tools.seen(call, n, owners.get(call.name, "")) for n, call in enumerate(calls)]
     for run in outward([run for run in turn.runs if run.due and run.has("on_calls")]):
         accept = partial(tools.judged, known=[call["id"] for call in shown])
         with suppress(errors.PluginExecutionError):
             shown = await run.call("on_calls", deepcopy(shown), accept=accept, may_reply=False)
+    left = {call["id"]: call for call in shown}
     for number, call in enumerate(calls):
-        tools.change(call, [each for each in shown if each["id"] == str(number)])
-    return list(calls)
+        call.refused = str(number) not in left
+        if may_change and not call.refused:
+            tools.change(call, left[str(number)])
+    return calls
 
 
 def told(dialect: Dialect, made: Sequence[Made]) -> list[Message]:

@@ -80,7 +80,7 @@ def whole(path: str, text: str) -> bytes:
 
 def calling(path: str, text: str, *calls: tuple[str, Any], stream: bool = True) -> bytes:
     """Return an answer that says `text` and calls tools: (name, arguments) each."""
-    dialect, state = BY_PATH[path], JointState(blocks=bool(text))
+    dialect, state = BY_PATH[path], JointState(blocks=bool(text), frames=1)
     made = [ToolCall(name, json.dumps(arguments)) for name, arguments in calls]
     if not stream:
         chunk = timeless(dialect.whole(HEADS[path], text))
@@ -90,7 +90,9 @@ def calling(path: str, text: str, *calls: tuple[str, Any], stream: bool = True) 
     says = [chunk for chunk in chunks if dialect.places(chunk) or "index" in chunk]
     says += [chunk for chunk in chunks if path == RESPONSES and "response" not in chunk]
     at = next(n for n, chunk in enumerate(chunks) if dialect.ends(chunk))
-    chunks[at:at] = dialect.call(chunks[0], made, state)
+    chunks[at:at] = called = dialect.call(chunks[0], made)
+    for chunk in called:
+        dialect.join(chunk, state)
     kept = [chunk for chunk in chunks if text or chunk not in says]
     frames = [dialect.encode(dialect.numbered(chunk, n)) for n, chunk in enumerate(kept)]
     return b"".join([*frames, dialect.done()])

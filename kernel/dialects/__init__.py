@@ -29,7 +29,10 @@ JSON = b"application/json"
 JSON_UTF8 = b"application/json; charset=utf-8"
 # Characters that line-splitting clients treat as newlines (httpx does), and lone surrogates
 UNSAFE = re.compile("[\x7f-\x9f\u2028\u2029\ud800-\udfff]")
-ALWAYS = ("model", "created_at")  # keys of every frame
+LAST = frozenset(  # keys that only some frames have
+    "logprobs done_reason total_duration load_duration prompt_eval_count prompt_eval_duration"
+    " eval_count eval_duration usage".split()
+)
 SPOKEN = ("content", "thinking", "reasoning")  # keys of a message that hold what was said
 KEYS = frozenset(  # that Ollama's decoder takes for its own in any case
     "model messages stream format keep_alive tools options think logprobs top_logprobs shift"
@@ -203,13 +206,13 @@ class Dialect:
         return "tool_calls" if self.message(chunk).get("tool_calls") else None
 
     def piece(self, last: Chunk, text: str) -> Chunk:
-        """Return a new frame that says `text` and nothing else, after the frame `last`."""
-        kept = {key: value for key, value in last.items() if key != "logprobs"}
+        """Return a new frame that says `text` and nothing else, made of another frame."""
+        kept = {key: value for key, value in last.items() if key not in LAST}
         return kept | {"message": {"role": "assistant", "content": text}, "done": False}
 
     def alone(self, end: Chunk, text: str, state: AnswerState) -> list[Chunk]:
         """Return new frames that say `text` where no text is open, before the frame `end`."""
-        return [self.piece({key: end[key] for key in end if key in ALWAYS}, text)]
+        return [self.piece(end, text)]
 
     def numbered(self, chunk: Chunk, number: int) -> Chunk:
         """Return a frame with its number, in a dialect that numbers them."""
@@ -281,8 +284,8 @@ class Dialect:
             function["index"] = number
         return call.entry | {"id": call.id, "function": function}
 
-    def call(self, last: Chunk, calls: Sequence[ToolCall], state: JointState) -> list[Chunk]:
-        """Return the frames of a stream that say calls, after the frame `last`."""
+    def call(self, last: Chunk, calls: Sequence[ToolCall]) -> list[Chunk]:
+        """Return the frames of a stream that say calls, made of another frame; `join` follows."""
         chunks = [self.piece(last, "") for _ in calls]
         for number, (call, chunk) in enumerate(zip(calls, chunks, strict=True)):
             self.message(chunk)["tool_calls"] = [self.entry(call, number)]

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from datetime import UTC, datetime
 
 from kernel.agent import Message, Payload
-from kernel.dialects import SSE, AnswerState, Chunk, dumps, table
+from kernel.dialects import LAST, SSE, Chunk, dumps, table
 from kernel.dialects.calls import JointState, Made, ToolCall, contents_of, data_url
 
 USAGE = {"prompt_tokens": 0, "completion_tokens": 0, "total_tokens": 0}  # of a reply of our own
@@ -46,13 +46,11 @@ class Completions(SSE):
         return reason or super().finish(chunk)
 
     def piece(self, last: Chunk, text: str) -> Chunk:
-        choice = {key: value for key, value in self.choice(last).items() if key != "logprobs"}
+        kept = {key: value for key, value in last.items() if key not in LAST}
+        choice = {key: value for key, value in self.choice(last).items() if key not in LAST}
         # Without the role: the first delta said it, and clients join what deltas say.
-        return last | {"choices": [choice | {"delta": {"content": text}, "finish_reason": None}]}
-
-    def alone(self, end: Chunk, text: str, state: AnswerState) -> list[Chunk]:
-        kept = {key: value for key, value in end.items() if key != "usage"}
-        return [self.piece(kept | {"choices": [{"index": 0}]}, text)]
+        new = {"index": 0, **choice, "delta": {"content": text}, "finish_reason": None}
+        return kept | {"choices": [new]}
 
     # Tools
 
@@ -61,9 +59,15 @@ class Completions(SSE):
         return not choice or bool(choice.get("finish_reason"))
 
     def join(self, chunk: Chunk, state: JointState) -> bool | None:
+        before = dumps(chunk)
         state.first = state.first or {key: chunk[key] for key in ("id", "created") if key in chunk}
         chunk |= state.first
-        return state.round > 0
+        if delta := self.choice(chunk).get("delta"):  # exactly the first one says the role
+            delta |= {"role": "assistant"} if not state.frames else {}
+            if state.frames:
+                delta.pop("role", None)
+            state.frames += 1
+        return dumps(chunk) != before
 
     def stop(self, chunk: Chunk) -> None:
         if choice := self.choice(chunk):

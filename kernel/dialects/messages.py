@@ -145,12 +145,12 @@ class Messages(SSE):
         mine = {"type": "tool_use", "id": call.id, "name": call.name, "input": arguments}
         return call.entry | mine
 
-    def call(self, last: Chunk, calls: Sequence[ToolCall], state: JointState) -> list[Chunk]:
+    def call(self, last: Chunk, calls: Sequence[ToolCall]) -> list[Chunk]:
         chunks: list[Chunk] = []
         for call in calls:
             block = call.entry | {"type": "tool_use", "id": call.id, "name": call.name, "input": {}}
             delta = {"type": "input_json_delta", "partial_json": call.arguments or "{}"}
-            at = {"index": state.place(call.id)}
+            at = {"index": call.id}  # a place of its own, which `join` numbers
             chunks += [
                 {"type": "content_block_start", **at, "content_block": block},
                 {"type": "content_block_delta", **at, "delta": delta},

@@ -175,8 +175,11 @@ class Responses(SSE):
             response |= state.first
         if chunk["type"] in ENDS and state.items:
             response["output"] = [*(response["output"] or []), *state.items]
-        if item := chunk.get("item_id") or chunk.get("item", {}).get("id"):
-            chunk["output_index"] = state.place(item)
+        item = chunk.get("item") or {}
+        if item.get("type") == "function_call" and item["status"] == "completed":
+            state.items.append(item)
+        if name := chunk.get("item_id") or item.get("id"):
+            chunk["output_index"] = state.place(name)
         chunk["sequence_number"] = state.frames
         state.frames += 1
         return [chunk.get("output_index"), chunk["sequence_number"]] != before or state.round > 0
@@ -190,13 +193,9 @@ class Responses(SSE):
         item = {"id": f"fc_{call.id}", "type": "function_call", "status": "completed"} | call.entry
         return item | {"call_id": call.id, "name": call.name, "arguments": call.arguments or "{}"}
 
-    def call(self, last: Chunk, calls: Sequence[ToolCall], state: JointState) -> list[Chunk]:
+    def call(self, last: Chunk, calls: Sequence[ToolCall]) -> list[Chunk]:
         items = [self.entry(call, number) for number, call in enumerate(calls)]
-        state.items += items
-        chunks = [chunk for item in items for chunk in block_of(item, 0)]
-        for chunk in chunks:
-            self.join(chunk, state)
-        return chunks
+        return [chunk for item in items for chunk in block_of(item, 0)]
 
     def put(self, chunk: Chunk, calls: Sequence[ToolCall]) -> None:
         items = [self.entry(call, number) for number, call in enumerate(calls)]

@@ -53,6 +53,7 @@ async def test_an_agent_that_is_loaded_is_described(demo_url: str, plugins: Path
         "folder": str(folder),
         "arguments": {"text": "", "n": 2},
         "hooks": ["on_request", "on_end"],
+        "tools": [],
         "always": True,
         "priority": 1,
         "models": ["llama*"],

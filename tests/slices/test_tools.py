@@ -81,8 +81,11 @@ def check(path: str, body: bytes, stream: bool, *, counted: bool = True) -> None
         assert len(found) == 1
     elif path == CHAT:
         assert found.index(ends[0]) == len(found) - 1
+        assert ["eval_count" in chunk for chunk in found[:-1]].count(True) == 0
     elif path == COMPLETIONS:
         assert len({chunk["id"] for chunk in found}) == 1 and body.count(b"[DONE]") == 1
+        roles = [chunk["choices"][0]["delta"].get("role") for chunk in found]
+        assert roles == ["assistant", *[None] * (len(found) - 1)]
         assert [chunk["choices"][0]["finish_reason"] for chunk in found].count(None) == len(
             found
         ) - 1
@@ -360,6 +363,7 @@ async def test_the_client_gets_its_own_calls_and_ours_are_made_when_it_comes_bac
     answer = await say(house, path, "/all go", first, stream=stream, tools=tools)
     [call] = called(path, answer.content)
 
+    check(path, answer.content, stream, counted=False)
     assert said(answer.content) == "Wait. " and call.name == "theirs"
     assert json.loads(call.arguments) == MIXED[1][1] and len(house.ollama.asked) == 1
     came_back = dialect.spoken("Wait. ", "", [call]) + dialect.results([(call, "found")])
@@ -483,6 +487,40 @@ async def test_a_call_that_needs_consent_is_shown_and_made_after_yes(
     assert results(house, path) == ["read: {}", f"write: {WRITES[1]}"]
     sent = json.dumps(house.ollama.asked[-1].json)
     assert "yes" not in sent.lower() and "osp:" not in sent and '"go"' in sent
+
+
+@pytest.mark.parametrize("path", PATHS)
+async def test_a_turn_may_ask_more_than_once_and_the_model_reads_no_question(
+    house: House, path: str
+) -> None:
+    house.write("asks", ASKS)
+    history: list[Any] = []
+
+    for number in range(3):
+        first = calling(path, f"Step {number}.", ("write", {"n": number}))
+        answer = await say(house, path, "/asks go", first, history=history)
+        history += [*spoken(path, f"{said(answer.content)}\n(thoughts)"), message("user", "/yes")]
+    answer = await say(house, path, "/asks go", calling(path, "Done."), history=history)
+
+    assert said(answer.content) == "DONE." and results(house, path) == ["write: {'n': 2}"]
+    sent = json.dumps(house.ollama.asked[-1].json)
+    assert "osp:" not in sent and "/yes" not in sent and sent.count("(thoughts)") == 3
+    assert "STEP 0." in sent
+
+
+async def test_what_is_made_is_what_the_user_saw(house: House) -> None:
+    house.write("asks", ASKS)
+    house.write("judge", f"import json\n{LAST}", always=True, on_error="abort")
+    answer = await say(house, CHAT, "/asks go", calling(CHAT, "", ("write", {"a": "secret"})))
+    question = said(answer.content)
+    house.plugins.joinpath("judge_agent/agent.py").write_text(
+        f"import json\nfrom kernel.agent import *\n{LAST}".replace('"hidden", "secret"', '"s", "x"')
+    )
+
+    history = [*spoken(CHAT, question), message("user", "/yes")]
+    await say(house, CHAT, "/asks go", calling(CHAT, "Done."), history=history)
+
+    assert results(house) == ["write: {'a': 'hidden'}"]
 
 
 @pytest.mark.parametrize(("old", "new"), CHANGES)
