@@ -9,8 +9,10 @@ from typing import Any
 import httpx
 import pytest
 
+from kernel.dialects.calls import ToolCall
+from kernel.tools import carry
 from tests.integration.conftest import CHATS, body, proxy, tokens_read
-from tests.support import NOTICE, outcomes, said
+from tests.support import BY_PATH, NOTICE, outcomes, said
 
 ENDLESS = 100_000  # tokens: minutes
 NOTES = {
@@ -156,3 +158,21 @@ def is_idle(http: httpx.Client, direct: str, timeout: float) -> bool:
     except httpx.ReadTimeout:
         return False
     return True
+
+
+@pytest.mark.parametrize("path", CHATS)
+@pytest.mark.parametrize("stream", [True, False])
+def test_ollama_takes_what_the_proxy_writes_after_a_call(
+    http: httpx.Client, proxied: str, path: str, stream: bool
+) -> None:
+    """No tiny model calls tools: a call waits in the id of the client's own."""
+    dialect, call = BY_PATH[path], ToolCall("theirs", "{}")
+    carry(call, [], [ToolCall("calculate", '{"expression":"6*7"}')])
+    step = dialect.spoken("Wait.", "", [call]) + dialect.results([(call, "found")])
+    chat = body("/calc hello", stream=stream) | {"model": "tiny-tools"}
+    chat["messages"] += step
+
+    answer = http.post(proxied + path, json=chat)
+
+    assert answer.status_code == 200, answer.text
+    assert outcomes(answer) == "calc;ok" and said(answer.content)
