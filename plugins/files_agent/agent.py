@@ -20,6 +20,7 @@ from .folders import Folders, Parts
 
 ENTRIES, LINE = 100, 200  # of a result, characters of a line that was found
 SECONDS, WORDS = 10, 20  # of a search
+RIGHT = {"folders": {"notes": "~/notes"}, "write": False, "hidden": False, "max_chars": 8000}
 USAGE = (
     "No folder is open. To open one, put this into osp.toml and start the proxy again:\n\n"
     '[agents.files.settings.folders]\nnotes = "~/notes"'
@@ -33,10 +34,9 @@ class Files(BaseAgent):
 
     # The disk is waited for in a thread (`def`), never on the loop.
     def setup(self) -> None:  # type: ignore[override]
-        kinds = {"folders": dict, "write": bool, "hidden": bool, "max_chars": int}
-        for name, kind in kinds.items():
-            if type(value := self.settings[name]) is not kind:  # the text "false" would be true
-                raise ValueError(f"settings: {name}: {value!r} must be of the type {kind.__name__}")
+        for name, right in RIGHT.items():
+            if type(value := self.settings[name]) is not type(right):  # the text "false" is true
+                raise ValueError(f"settings: {name}: {value!r} is wrong, {right!r} would be right")
         self.folders = Folders(self.settings["folders"], hidden=self.settings["hidden"])
         self.progress = names = " or ".join(self.folders.roots)
         text = Path(__file__).with_name("tools.json").read_text(encoding="utf-8")

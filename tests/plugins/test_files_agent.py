@@ -381,9 +381,9 @@ async def test_a_chat_is_left_as_it_is(files: Files) -> None:
 @pytest.mark.parametrize(
     ("wrong", "why"),
     [
-        ({"write": "false"}, "settings: write: 'false' must be of the type bool"),
-        ({"max_chars": "9"}, "settings: max_chars: '9' must be of the type int"),
-        ({"folders": "~/notes"}, "settings: folders: '~/notes' must be of the type dict"),
+        ({"write": "false"}, "settings: write: 'false' is wrong, False would be right"),
+        ({"max_chars": "9"}, "settings: max_chars: '9' is wrong, 8000 would be"),
+        ({"folders": "~/notes"}, "settings: folders: '~/notes' is wrong, {'notes': '~/notes'}"),
         ({"folders": {"x": "notes"}}, "an existing folder"),
         ({"folders": {"x": "/gone/away"}}, "an existing folder"),
         ({"folders": {"a/b": "/"}}, "an existing folder"),
