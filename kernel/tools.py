@@ -184,7 +184,7 @@ class Consent:
     folder: Path
     prefix: str  # of commands
 
-    def ask(self, user: str, calls: Sequence[tuple[str, ToolCall]]) -> str:
+    def ask(self, user: str, calls: Iterable[tuple[str, ToolCall]]) -> str:
         """Return the text that asks; with each call stands the agent whose tool it is."""
         lines = "\n".join(f"{agent} {call.name} {visible(call)}" for agent, call in calls)
         fence = "`" * max(3, *(len(run) + 1 for run in re.findall("`+", lines)), 0)

@@ -623,7 +623,8 @@ class Turn:
         given = payload.get("tools") or []
         if not isinstance(given, list):  # Ollama says what is wrong
             return body
-        taken = {dialects.table(tool.get("function", tool)).get("name") for tool in given}
+        tables = [dialects.table(tool) for tool in given]
+        taken = {dialects.table(tool.get("function", tool)).get("name") for tool in tables}
         for run in runs:
             for tool in run.tools():
                 name, run.outcome = tool["name"], run.outcome or "ok"
@@ -650,12 +651,12 @@ class Turn:
     def question_about(self, calls: Iterable[ToolCall]) -> str:
         """Return what the user is asked before calls are made, or ""."""
         agreed, self.agreed = self.agreed, False
-        ours = [(call, *self.tools[call.name]) for call in calls if call.name in self.tools]
-        ours = [(call, run, tool) for call, run, tool in ours if not call.refused]
-        if agreed or not any(run.needs_consent(tool) for _, run, tool in ours):
+        ours = [call for call in calls if call.name in self.tools and not call.refused]
+        offers = [self.tools[call.name] for call in ours]
+        if agreed or not any(run.needs_consent(tool) for run, tool in offers):
             return ""
-        shown = [(run.plugin.name, call) for call, run, _ in ours]
-        return self.chat.consent.ask(info(self.scope).user, shown)
+        names = [run.plugin.name for run, _ in offers]
+        return self.chat.consent.ask(info(self.scope).user, zip(names, ours, strict=True))
 
     def responding(self) -> list[Run]:
         """Return the runs whose response hooks are due, in the order in which text goes through."""
