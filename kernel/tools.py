@@ -43,6 +43,7 @@ CONTENTS = {"text": ("text",), "image": ("data", "mimeType")}  # of a result
 ASKED = "This would be called:"
 SHOWN = re.compile(rf"{ASKED}\n\n(`{{3,}})\n(.*)\n\1\n\n[^\n]*\(osp:(\w+)\)", re.S)
 ALTERED = "this is not what you were asked, so nothing was done"
+LOST = "This was done after the user had agreed; what it returned is not known any more."
 HIDDEN = re.compile(r"[^ -~]")  # looked at one by one: what does not print is shown as its number
 
 

@@ -267,10 +267,14 @@ class Chat:
                         continue
             elif shown and is_user(message):
                 calls, shown = shown.calls, None
-                if self.typed.agrees((typed_part(message) or {}).get("text", "")):
-                    if message is last and not calls:
+                yes = self.typed.agrees((typed_part(message) or {}).get("text", ""))
+                if yes and message is last:
+                    if not calls:
                         raise errors.NotAllowed(tools.ALTERED)
-                    turn.agreed, turn.waiting = message is last, calls
+                    turn.agreed, turn.waiting = True, calls
+                    continue
+                if yes and calls:
+                    kept += told(self.dialect, [(call, tools.LOST) for _, call in calls])
                     continue
             kept.append(message)
         turn.payload["messages"] = kept
