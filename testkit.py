@@ -5,8 +5,8 @@
 
 `ask` runs an agent as the proxy does, in all eight ways in which a client can ask for it: in four
 dialects, streamed (cut into single characters) and whole. There is no model here: you script what
-it says. `python testkit.py check` tries all agents of a configuration, `python testkit.py new NAME`
-writes a new one.
+it says, and which tools it calls. `python testkit.py check` tries all agents of a configuration,
+`python testkit.py new NAME` writes a new one.
 """
 
 from __future__ import annotations
@@ -38,22 +38,27 @@ from starlette.responses import Response
 from starlette.routing import Route
 
 import demo
-from kernel.agent import BaseAgent
+from kernel.agent import BaseAgent, text_of
 from kernel.client import OllamaClient
 from kernel.config import HOME, AccessConfig, Config, PluginsConfig, load, parse_upstream
-from kernel.dialects import Dialect, dumps
+from kernel.dialects import Chunk, Dialect, ToolCall, dumps
 from kernel.dialects.every import DIALECTS
+from kernel.dialects.responses import CLOSING
 from kernel.errors import ConfigError
 from kernel.plugin import NAME, RESERVED, Plugin, scan
 from kernel.registry import HOOKS
+from kernel.rounds import Rounds
 from kernel.server import SETTINGS
 
 Messages = list[dict[str, Any]]
-Model = str | Callable[[Messages], str]  # what it says: always the same, or depending on the chat
 Chat = dict[str, Any]  # the body of a request
+# What it says, as `ask` has it: always the same, one after the other, or depending on the chat
+Model = str | dict[str, Any] | Sequence[Any] | Callable[[Messages], Any]
 Pairs = Mapping[str, str]
 
-SAMPLE = HOME / "examples" / "sample_agent"  # what a new agent begins as
+# What a new agent begins as, without `--tools` and with it, and what to ask it
+SAMPLE = HOME / "examples" / "sample_agent", "hello"
+TOOLS = HOME / "examples" / "tools" / "sample_agent", "how many r are in strawberry?"
 MARK = "x-testkit"  # a header of the requests that no agent makes
 UNSHOWN = ("request_id", "agent", "seconds")  # log fields that `check` does not print
 FORBIDDEN = re.compile(
@@ -63,6 +68,9 @@ FORBIDDEN = re.compile(
 ONLY_AGENT = "of this project an agent imports only kernel.agent"
 SWALLOWED = "the answer is empty; does on_end return what on_chunk held back?"
 SAYS = "*That* is `all` I know, 1 < 2.\n\nAnything else?"  # the model, while agents are checked
+RESULTS = ("tool_result", "function_call_output")  # of tools, where their role is not "tool"
+BLOCK = {"index", "output_index"}  # keys of the frames that belong to a block of an answer
+CALLING = {"finish_reason": "tool_calls", "stop_reason": "tool_use"}  # how an answer ends
 # How the other dialects say what Ollama's `format` says
 OBJECT = {"type": "json_object"}
 STRUCTURED = {"response_format": OBJECT, "output_format": OBJECT, "text": {"format": OBJECT}}
@@ -75,13 +83,14 @@ class Answered:
     text: str  # of the answer, or of the error
     status: int
     agents: str  # as X-OSP-Agents says it, without the times: "shout;ok"
-    sent: Messages = field(default_factory=list)  # what the model was asked; []: it was not asked
+    sent: Messages = field(default_factory=list)  # what the model was asked last; []: not at all
     payload: dict[str, Any] = field(default_factory=dict)  # the whole body of that request
+    results: list[str] = field(default_factory=list)  # what tools told the model, in order
 
 
 def ask(
     folder: Path,
-    prompt: str | Messages,
+    prompt: str | Sequence[Any],
     *,
     model: Model = "An answer.",
     settings: Mapping[str, Any] | None = None,
@@ -92,12 +101,20 @@ def ask(
 ) -> Answered:
     """Return what the agent in `folder` makes of a prompt, or of a whole conversation.
 
-    `model` is what the model says, `settings` override those of config.json, `fields` go into the
-    request's body and `headers` beside it. Each `user` has a `context.user` of its own. `data_dir`
-    is the agent's, and stays; without it, the agent has an empty folder that is removed at the end.
-    The result is that of Ollama's own dialect, not streamed.
+    A conversation is a list of messages, and of texts that the user types one after the other: each
+    is answered, the answer stands behind it, and the last answer is returned.
 
-    Raises AssertionError if the agent fails, or if the ways of asking do not agree.
+    `model` is what the model says. In a list each entry is for one time that it is asked, the last
+    one for every further time. An entry is a text, a call {"name", "arguments"}, or a list of these
+    that are said at once. A function gets the messages and returns an entry.
+
+    `settings` override those of config.json, `fields` go into the request's body and `headers`
+    beside it. Each `user` has a `context.user` of its own. `data_dir` is the agent's, and stays;
+    without it, the agent has an empty folder that is removed at the end. The result is that of
+    Ollama's own dialect, not streamed.
+
+    Raises AssertionError if the agent fails, if the model calls a tool that it was not offered, or
+    if the ways of asking do not agree.
     """
     folder = folder.resolve()
     name = folder.name.removesuffix("_agent").lower()
@@ -106,14 +123,12 @@ def ask(
         agents={name: {"enabled": True, "settings": settings or {}}},
         access=AccessConfig(keys=(user,) if user else ()),
     )
-    messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
-    request = {"messages": messages, **(fields or {})}
-    keys = {"x-api-key": user} if user else {}
+    request = {"messages": [prompt] if isinstance(prompt, str) else prompt, **(fields or {})}
+    sent = {**({"x-api-key": user} if user else {}), **(headers or {})}
     with complaints() as records, tempfile.TemporaryDirectory() as data:
         if data_dir:
             data_dir.mkdir(parents=True, exist_ok=True)
             os.symlink(data_dir.resolve(), Path(data, name))
-        sent = {**keys, **(headers or {})}
         *_, answers, problem = asyncio.run(trial(config, model, Path(data), {}, request, sent))
     assert not records, "\n".join(described(records))
     assert not problem, problem
@@ -138,13 +153,15 @@ async def trial(
 class Trial:
     """A stand-in for Ollama, whose model says what it is told to say, and a proxy before it.
 
-    A `request` is a chat in Ollama's dialect.
+    A `request` is a chat in Ollama's dialect; a text in place of a message is typed and answered.
     """
 
     client: OllamaClient
 
     def __init__(self, model: Model) -> None:
-        self.model = model
+        self.model = [model] if isinstance(model, str | dict) else model
+        self.asked = 0  # how often the model was, in one way of asking
+        self.offered, self.called = set[str](), set[str]()  # names of tools
         self.sent: Chat = {}  # what the request became, if the proxy did not answer it itself
         chats = [Route(d.path, partial(self.chat, d), methods=["POST"]) for d in DIALECTS]
         self.upstream = Starlette(routes=[Route("/api/embed", embed, methods=["POST"]), *chats])
@@ -153,9 +170,19 @@ class Trial:
         payload = await request.json()
         if MARK in request.headers:
             self.sent = payload
-        messages = dialect.read(payload)["messages"]
-        text = self.model if isinstance(self.model, str) else self.model(messages)
-        return answer_of(dialect, payload, text)
+        self.offered |= {t.get("function", t)["name"] for t in payload.get("tools") or []}
+        text, calls = self.says(dialect.read(payload)["messages"])
+        self.called |= {call["name"] for call in calls}
+        return answer_of(dialect, payload, text, calls)
+
+    def says(self, messages: Messages) -> tuple[str, Messages]:
+        """Return the text that the model says next, and its calls."""
+        script = [self.model(messages)] if callable(self.model) else self.model
+        said = script[min(self.asked, len(script) - 1)]
+        self.asked += 1
+        parts = [said] if isinstance(said, str | dict) else said
+        calls = [part for part in parts if isinstance(part, dict)]
+        return "".join(part for part in parts if isinstance(part, str)), calls
 
     async def compared(self, request: Chat, headers: Pairs) -> tuple[list[Answered], str]:
         """Ask in all ways; return the answers, and how they differ ("": they do not).
@@ -168,8 +195,7 @@ class Trial:
         if len({*texts.values()}) > 1:
             again = await self.in_all_ways(request, headers)
             texts = {way: text for way, text in texts.items() if text == again[way].text}
-        differ = len({*texts.values()}) > 1
-        problem = f"the answer depends on the way of asking: {texts}" if differ else ""
+        problem = f"the answer depends on the way of asking: {texts}" * (len({*texts.values()}) > 1)
         return [*answers.values()], problem
 
     async def in_all_ways(self, request: Chat, headers: Pairs) -> dict[str, Answered]:
@@ -178,27 +204,46 @@ class Trial:
         for dialect in DIALECTS:
             for stream in (False, True):
                 with suppress(ValueError):  # a content in parts is not for Ollama's own dialect
-                    body = body_of(dialect, request | {"stream": stream})
                     way = f"{dialect.name} {'in single characters' if stream else 'whole'}"
-                    answers[way] = await self.one(dialect, body, headers)
+                    answers[way] = await self.talk(dialect, request | {"stream": stream}, headers)
         assert answers, f"no dialect can say this: {request}"
+        assert self.called <= self.offered, f"called {[*self.called]}, offered {[*self.offered]}"
         return answers
 
-    async def one(self, dialect: Dialect, body: bytes, headers: Pairs) -> Answered:
-        self.sent = {}
+    async def talk(self, dialect: Dialect, request: Chat, headers: Pairs) -> Answered:
+        """Return the last answer of a conversation. Raises ValueError as `body_of` does."""
+        self.asked, messages = 0, list[Chat]()
+        for number, each in enumerate(request["messages"], 1):
+            messages.append(each if isinstance(each, dict) else {"role": "user", "content": each})
+            if isinstance(each, str) or number == len(request["messages"]):
+                answer = await self.one(dialect, request | {"messages": messages}, headers)
+                messages.append({"role": "assistant", "content": answer.text})
+        return answer
+
+    async def one(self, dialect: Dialect, request: Chat, headers: Pairs) -> Answered:
+        self.sent, body = {}, body_of(dialect, request)
         headers = {"content-type": "application/json", **headers, MARK: "1"}
         pairs = [(name.lower().encode(), value.encode()) for name, value in headers.items()]
         answer = await self.client.forward("POST", dialect.path.encode(), pairs, body)
-        text = text_of(dialect, b"".join([chunk async for chunk in answer]))
+        text = spoken(dialect, b"".join([chunk async for chunk in answer]))
         summary = answer.header(b"x-osp-agents").decode()
         outcomes = ", ".join(part.rpartition(";")[0] for part in summary.split(", "))
         messages = dialect.read(self.sent)["messages"] if self.sent else []
-        return Answered(text, answer.status, outcomes, messages, self.sent)
+        results = [result for message in messages for result in results_of(message)]
+        return Answered(text, answer.status, outcomes, messages, self.sent, results)
 
 
 async def embed(request: Request) -> Response:
     texts = (await request.json())["input"]  # the proxy sends a list
     return Response(dumps({"embeddings": [demo.vector(text) for text in texts]}))
+
+
+def results_of(message: Chat) -> Iterator[str]:
+    """Yield the texts of the results of tools in a message of any dialect."""
+    content = message.get("content")
+    for each in [message, *(content if isinstance(content, list) else [])]:
+        if each.get("role") == "tool" or each.get("type") in RESULTS:
+            yield text_of({"content": each.get("output", each.get("content"))})
 
 
 def body_of(dialect: Dialect, request: Chat) -> bytes:
@@ -209,7 +254,7 @@ def body_of(dialect: Dialect, request: Chat) -> bytes:
     return dumps(dialect.write(payload, {"messages": [], "input": []}))
 
 
-def text_of(dialect: Dialect, data: bytes) -> str:
+def spoken(dialect: Dialect, data: bytes) -> str:
     """Return the text of an answer, or of the error in it."""
     chunks = [chunk for chunk in map(dialect.parse, dialect.end.split(data)) if chunk]
     for error in (chunk["error"] for chunk in chunks if dialect.is_error(chunk)):
@@ -217,17 +262,33 @@ def text_of(dialect: Dialect, data: bytes) -> str:
     return "".join(holder[key] for chunk in chunks for holder, key in dialect.places(chunk))
 
 
-def answer_of(dialect: Dialect, payload: Chat, text: str) -> Response:
-    """Return an answer that says `text`; in a stream each character has a frame of its own."""
-    head = dialect.head(payload)
-    if not dialect.wants_stream(payload):
-        data = dialect.encode_whole(dialect.whole(head, text))
-        return Response(data, media_type=dialect.whole_type.decode())
-    at = [bool(dialect.places(chunk)) for chunk in dialect.speech(head, "word")].index(True)
-    chunks = dialect.speech(head, text)
-    chunks[at : at + 1] = [dialect.piece(chunks[at], sign) for sign in text]
-    frames = [dialect.encode(dialect.numbered(chunk, n)) for n, chunk in enumerate(chunks)]
-    return Response(b"".join([*frames, dialect.done()]), media_type=dialect.stream_type.decode())
+def answer_of(dialect: Dialect, payload: Chat, text: str, calls: Messages) -> Response:
+    """Return an answer that says `text`, in a stream in single characters, and calls tools."""
+    head, whole = dialect.head(payload), not dialect.wants_stream(payload)
+    chunks = [dialect.whole(head, text)] if whole else dialect.speech(head, text)
+    if not whole:
+        at = [bool(dialect.places(chunk)) for chunk in dialect.speech(head, "word")].index(True)
+        chunks[at : at + 1] = [dialect.piece(chunks[at], sign) for sign in text or [""]]
+    chunks = let_call(dialect, chunks, text) if calls else chunks
+    encode, rounds = dialect.encode_whole if whole else dialect.encode, Rounds(dialect, whole=whole)
+    given = [*map(encode, chunks), b"" if whole else dialect.done()]
+    frames = [frame for each in given for frame in rounds.take(each)]
+    made = [ToolCall(c["name"], dumps(c.get("arguments", {})).decode()) for c in calls]
+    rounds.calls.update(enumerate(made))
+    kind = dialect.whole_type if whole else dialect.stream_type
+    return Response(b"".join(frames + rounds.finish(made)), media_type=kind.decode())
+
+
+def let_call(dialect: Dialect, chunks: list[Chunk], text: str) -> list[Chunk]:
+    """Return an answer's frames as Ollama has them where calls follow.
+
+    It closes no text before a call, and begins none that is empty.
+    """
+    ends: Chunk = CALLING if text else CALLING | {"content": [], "output": []}
+    for end in filter(dialect.ends, chunks):
+        for part in (end, end.get("delta", {}), end.get("response", {}), *end.get("choices", [])):
+            part |= {key: ends[key] for key in ends.keys() & part.keys()}
+    return [c for c in chunks if not (c.get("type") in CLOSING if text else BLOCK & c.keys())]
 
 
 @contextmanager
@@ -269,19 +330,20 @@ async def check(config: Config, environ: Pairs, data: Path | None, prompt: str |
         with tempfile.TemporaryDirectory() as copy:
             if data and (data / name).is_dir():
                 shutil.copytree(data / name, Path(copy, name))
-            failures, warnings = await tried(plugin, alone, environ, Path(copy), prompt)
+            failures, warnings, tools = await tried(plugin, alone, environ, Path(copy), prompt)
         good = "ok" if plugin.config.enabled else "disabled"
         verdict = "FAILED" if failures else "warning" if warnings else good
+        cost = f" (tools: {len(tools)}, about {len(dumps(tools)) // 4} tokens)" * bool(tools)
         found = "".join(f"         {each}\n" for each in failures + warnings)
-        sys.stdout.write(f"{verdict:9}{name}\n{found}")
+        sys.stdout.write(f"{verdict:9}{name}{cost}\n{found}")
         status |= bool(failures)
     return status
 
 
 async def tried(
     plugin: Plugin, alone: Config, environ: Pairs, data: Path, prompt: str | None
-) -> tuple[list[str], list[str]]:
-    """Return what is wrong with an agent, and what may be wrong."""
+) -> tuple[list[str], list[str], list[Chat]]:
+    """Return what is wrong with an agent, what may be wrong, and the tools that it offered."""
     request: Chat = {"messages": [{"role": "user", "content": prompt or "what is one?"}]}
     header = {"x-osp-agents": f"/{plugin.name}"}
     with complaints() as records:
@@ -289,16 +351,17 @@ async def tried(
             found = await trial(alone, SAYS, data, environ, request, header)
             plugin, agent, answers, problem = found
     if error := plugin.error:
-        return [f"{error.kind}: {error} ({error.where})"], []
+        return [f"{error.kind}: {error} ({error.where})"], [], []
     if not agent:  # disabled
-        return [], []
+        return [], [], []
     failures = forbidden_imports(plugin.folder) + [problem] * bool(problem)
     if plugin.responds and any(answer.payload and not answer.text for answer in answers):
         failures.append(SWALLOWED)
-    warnings = doubtful_hooks(agent)
+    tools = answers[0].payload.get("tools", [])
+    warnings = doubtful_hooks(agent, plugin.hooks, tools if answers[0].payload else None)
     for complaint in described(records):
         (failures if complaint.startswith("agent failed") else warnings).append(complaint)
-    return failures, warnings
+    return failures, warnings, tools
 
 
 def forbidden_imports(folder: Path) -> list[str]:
@@ -312,21 +375,25 @@ def forbidden_imports(folder: Path) -> list[str]:
     ]
 
 
-def doubtful_hooks(agent: BaseAgent) -> list[str]:
-    """Return the methods that are nearly hooks, or that there are no hooks."""
+def doubtful_hooks(agent: BaseAgent, has: Sequence[str], tools: list[Chat] | None) -> list[str]:
+    """Return the methods that are nearly hooks, and what an agent with the hooks `has` lacks.
+
+    `tools` were offered; None: the model was not asked.
+    """
     kind, hooks = type(agent), [*HOOKS, "setup", "teardown"]
     own = [name for name in dir(kind) if name[0] != "_" and not hasattr(BaseAgent, name)]
     near = [n for n in own if n.startswith("on_") or get_close_matches(n.lower(), hooks, 1, 0.8)]
     found = [f"{name} is no hook; hooks are {', '.join(hooks)}" for name in near]
-    idle = all(getattr(kind, hook) is getattr(BaseAgent, hook) for hook in HOOKS)
-    return found + ["it has no hook: it changes nothing"] * idle
+    found += ["it has no hook: it changes nothing"] * (not has)
+    found += ["it offers tools, and has no on_tool"] * (bool(tools) and "on_tool" not in has)
+    return found + ["it has on_tool, and offered no tools"] * (tools == [] and "on_tool" in has)
 
 
 # python testkit.py new NAME
 
 
-def new_agent(name: str, config: Config) -> int:
-    """Copy the sample agent under a new name; return the exit status.
+def new_agent(name: str, config: Config, sample: tuple[Path, str]) -> int:
+    """Copy a sample agent under a new name; return the exit status.
 
     Raises ConfigError for a name that cannot be one, or is taken: nothing is overwritten.
     """
@@ -337,10 +404,12 @@ def new_agent(name: str, config: Config) -> int:
         raise ConfigError(f"/{name} is there already: {folder}")
     folder.mkdir(parents=True)
     title = "My" + "".join(part.capitalize() for part in re.split("[-_]", name))
-    for file in SAMPLE.glob("*.*"):
+    for file in sample[0].glob("*.*"):
         text = file.read_text(encoding="utf-8").replace("Sample", title).replace("sample", name)
         (folder / file.name).write_text(text, encoding="utf-8")
-    sys.stdout.write(f"{os.path.relpath(folder)} is there; try it: /{name} hello\n")
+    made = os.path.relpath(folder)
+    sys.stdout.write(f"{made} is there; test it: python -m pytest {made}\n")
+    sys.stdout.write(f"Start the proxy again, and try it: /{name} {sample[1]}\n")
     return 0
 
 
@@ -352,13 +421,14 @@ def main() -> int:
     file = next(HOME.glob("osp.toml"), None)
     parser.add_argument("--config", type=Path, default=file, help="settings (default: osp.toml)")
     parser.add_argument("--data", type=Path, help="check: agents get copies of the folders in it")
+    parser.add_argument("--tools", action="store_true", help="new: the agent has a tool")
     flags = parser.parse_args()
     sys.dont_write_bytecode = True
     try:
         config = load(flags.config, os.environ, {})
         if flags.command == "check":
             return asyncio.run(check(config, os.environ, flags.data, flags.text))
-        return new_agent(flags.text or "", config)
+        return new_agent(flags.text or "", config, TOOLS if flags.tools else SAMPLE)
     except ConfigError as exc:
         sys.stderr.write(f"testkit.py: {exc}\n")
         return 2

@@ -6,12 +6,16 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from kernel.config import HOME
-from testkit import ask
-from tests.support import write_agent
+from kernel.dialects import Dialect
+from kernel.dialects.every import DIALECTS
+from testkit import answer_of, ask
+from tests.slices.test_tools import chunks, recorded
+from tests.support import RESPONSES, chat, write_agent
 
 SHOUT = """
 class Shout(BaseAgent):
@@ -26,6 +30,18 @@ class It(BaseAgent):
         summary = await self.context.chat([{"role": "user", "content": "sum up"}])
         return add_system(payload, f"{self.settings['rule']} {summary} {len(vector)}")
 """
+TOOLS = """
+class It(BaseAgent):
+    tools = [{"name": "w"}, {"name": "pay", "consent": True}]
+    async def on_tool(self, name, arguments):
+        text = f"{name} {arguments.get('z', 'nothing')}"
+        image = {"type": "image", "data": "eA==", "mimeType": "image/png"}
+        return [{"type": "text", "text": text}, image] if name == "pay" else text
+"""
+
+
+def call(name: str, **arguments: Any) -> dict[str, Any]:
+    return {"name": name, "arguments": arguments}
 
 
 def test_the_answer_and_what_the_model_was_sent_are_known(plugins: Path) -> None:
@@ -96,6 +112,91 @@ def test_each_user_is_told_from_the_others_and_files_stay_in_data_dir(
     assert first.text == again.text != "" and len(other.text.split()) == 2
 
 
+TWO = ["Let me look. ", call("w", z=1), call("w", z=2)]
+SCRIPTS: list[tuple[Any, str, list[str]]] = [
+    ({"name": "w"}, "", ["w nothing"] * 5),  # again and again, until it has no tools any more
+    ([call("w", z=1), "Rain."], "Rain.", ["w 1"]),
+    ([TWO, [" So: ", "rain."]], "Let me look.  So: rain.", ["w 1", "w 2"]),
+    (("Hm. ", "Not said."), "Hm. ", []),
+    ([call("w", z=1), call("w", z=[2]), "End."], "End.", ["w 1", "w [2]"]),
+    (lambda messages: "End." if messages[1:] else TWO, "Let me look. End.", ["w 1", "w 2"]),
+]
+
+
+@pytest.mark.parametrize(("model", "text", "results"), SCRIPTS)
+def test_a_model_can_be_scripted_that_calls_tools(
+    plugins: Path, model: Any, text: str, results: list[str]
+) -> None:
+    answer = ask(write_agent(plugins, "it", TOOLS), "/it x", model=model)
+
+    assert (answer.text, answer.results) == (text, results)
+    assert [m["content"] for m in answer.sent if m["role"] == "tool"] == results
+
+
+def test_in_a_list_an_entry_is_for_each_time_that_the_model_is_asked(plugins: Path) -> None:
+    code = """
+    class It(BaseAgent):
+        async def on_response(self, response):
+            assert response == "a"  # in each way of asking
+            return response + await self.context.chat([{"role": "user", "content": "more"}])
+    """
+
+    assert ask(write_agent(plugins, "it", code), "/it x", model=["a", "b", "c"]).text == "ab"
+
+
+def test_what_is_typed_is_answered_in_turn_and_a_yes_makes_the_call(plugins: Path) -> None:
+    folder = write_agent(plugins, "it", TOOLS)
+    model = [["Now. ", call("pay", z=5)], "Paid."]
+
+    asking = ask(folder, "/it pay 5", model=model)
+    paid = ask(folder, [{"role": "system", "content": "be"}, "/it pay 5", "/yes"], model=model)
+    other = ask(folder, ["/it pay 5", "no", "/it again", "/yes"], model=[*model, *model], user="a")
+
+    assert asking.text.startswith("Now. \n\nThis would be called:") and asking.results == []
+    assert paid.text == "Paid." and paid.results == ["pay 5"]
+    assert [m["role"] for m in paid.sent] == ["system", "user", "assistant", "assistant", "tool"]
+    assert other.text == "Paid." and other.results == ["pay 5"]
+
+
+def test_a_call_of_a_tool_that_was_not_offered_fails_the_test(plugins: Path) -> None:
+    with pytest.raises(AssertionError, match=r"called \['wx'\], offered \['(w', 'pay|pay', 'w)'\]"):
+        ask(write_agent(plugins, "it", TOOLS), "/it x", model=[call("wx"), "Rain."])
+
+
+def form(dialect: Dialect, body: bytes) -> list[Any]:
+    """Return the frames of an answer: their types, text, calls, and how it ends."""
+    found: list[Any] = []
+    for chunk in chunks(dialect.path, body):
+        calls: dict[Any, Any] = {}
+        text, finish = bool(dialect.places(chunk)), dialect.finish(chunk)
+        dialect.take(chunk, calls)
+        made = [(each.name, each.arguments) for each in calls.values()]
+        whole = chunk.get("response", chunk)
+        blocks = len([*(whole.get("content") or []), *(whole.get("output") or [])])
+        one = (chunk.get("type"), text, made, finish, blocks)
+        if any(one) and one not in found[-1:]:  # pieces of a text are one
+            found.append(one)
+    return found
+
+
+@pytest.mark.parametrize("stream", [True, False])
+@pytest.mark.parametrize("dialect", DIALECTS)
+@pytest.mark.parametrize("what", ["tagcall", "tagcalls"])
+def test_scripted_calls_have_the_form_that_ollama_gives_them(
+    dialect: Dialect, what: str, stream: bool
+) -> None:
+    said = "Let me look. " if what == "tagcall" else ""
+    calls = [call("w", z="1"), call("w", z="2")][: 1 if said else 2]
+    real = recorded(dialect.path, f"tools_tag_{what}", stream)
+    drops = (
+        dialect.path == RESPONSES and not stream
+    )  # a text beside a call; this differs on purpose
+
+    answer = answer_of(dialect, chat(dialect.path, "x", stream=stream), said * (not drops), calls)
+
+    assert form(dialect, bytes(answer.body)) == form(dialect, real)
+
+
 def test_an_unknown_argument_is_named(plugins: Path) -> None:
     with pytest.raises(TypeError, match="'seed'"):
         ask(write_agent(plugins, "shout", SHOUT), "/shout x", seed=7)  # type: ignore[call-arg]
@@ -147,6 +248,9 @@ CHECKED = {  # code: verdict, what is said, exit status
     HOOK.format("on_chunk(self, t): return ''"): ("FAILED", "does on_end return", 1),
     HOOK.format("on_reply(self, r): return r"): ("warning", "on_reply is no hook", 0),
     "class It(BaseAgent): pass": ("warning", "it has no hook", 0),
+    "class It(BaseAgent): tools = [{'name': 'w'}]": ("warning", "and has no on_tool", 0),
+    HOOK.format("on_tool(self, n, a): return n"): ("warning", "it has on_tool, and offered no", 0),
+    TOOLS: ("ok", "it (tools: 2, about 54 tokens)", 0),
     LIMITER: ("ok", "", 0),
 }
 
@@ -160,7 +264,7 @@ def test_check_says_what_is_wrong(plugins: Path, osp_toml: Path, code: str) -> N
 
     done = command("check", "--config", str(osp_toml))
 
-    verdicts = [line.split() for line in done.stdout.splitlines() if line[0] != " "]
+    verdicts = [line.split()[:2] for line in done.stdout.splitlines() if line[0] != " "]
     assert verdicts == [[verdict, "it"], ["disabled", "off"], ["ok", "shout"]]
     assert complaint in done.stdout and done.returncode == status
 
@@ -176,20 +280,22 @@ def test_wrong_settings_end_it_with_one_line(osp_toml: Path, table: str) -> None
     assert done.stderr.count("\n") == 1
 
 
+@pytest.mark.parametrize("flags", [[], ["--tools"]])
 def test_a_new_agent_works_has_a_test_and_is_never_written_twice(
-    tmp_path: Path, plugins: Path, osp_toml: Path
+    tmp_path: Path, plugins: Path, osp_toml: Path, flags: list[str]
 ) -> None:
-    first = command("new", "my-greeter2", "--config", str(osp_toml), cwd=tmp_path)
+    first = command("new", "my-greeter2", *flags, "--config", str(osp_toml), cwd=tmp_path)
     folder = plugins / "my-greeter2_agent"
     (folder / "agent.py").write_text((folder / "agent.py").read_text() + "# mine\n")
-    second = command("new", "my-greeter2", "--config", str(osp_toml), cwd=tmp_path)
+    second = command("new", "my-greeter2", *flags, "--config", str(osp_toml), cwd=tmp_path)
 
-    assert first.returncode == 0 and "plugins/my-greeter2_agent" in first.stdout
+    assert first.returncode == 0 and "pytest plugins/my-greeter2_agent\n" in first.stdout
     assert second.returncode == 2 and "is there already" in second.stderr
     assert (folder / "agent.py").read_text().endswith("# mine\n")
     tests = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(folder)]
     assert subprocess.run(tests, cwd=HOME, timeout=60).returncode == 0
-    assert command("check", "--config", str(osp_toml)).stdout == "ok       my-greeter2\n"
+    checked = command("check", "--config", str(osp_toml)).stdout
+    assert checked.startswith("ok       my-greeter2") and ("(tools: 1, " in checked) == bool(flags)
 
 
 @pytest.mark.parametrize("name", ["help", "../x", "Upper", "a b", ""])
