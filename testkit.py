@@ -358,7 +358,7 @@ async def tried(
     if plugin.responds and any(answer.payload and not answer.text for answer in answers):
         failures.append(SWALLOWED)
     tools = answers[0].payload.get("tools", [])
-    warnings = doubtful_hooks(agent, plugin.hooks, tools if answers[0].payload else None)
+    warnings = doubtful_hooks(agent, plugin, asked=bool(answers[0].payload))
     for complaint in described(records):
         (failures if complaint.startswith("agent failed") else warnings).append(complaint)
     return failures, warnings, tools
@@ -375,18 +375,19 @@ def forbidden_imports(folder: Path) -> list[str]:
     ]
 
 
-def doubtful_hooks(agent: BaseAgent, has: Sequence[str], tools: list[Chat] | None) -> list[str]:
-    """Return the methods that are nearly hooks, and what an agent with the hooks `has` lacks.
+def doubtful_hooks(agent: BaseAgent, plugin: Plugin, *, asked: bool) -> list[str]:
+    """Return the methods that are nearly hooks, and the hooks or tools that are missing.
 
-    `tools` were offered; None: the model was not asked.
+    `asked`: the model was, so that all tools are known.
     """
     kind, hooks = type(agent), [*HOOKS, "setup", "teardown"]
     own = [name for name in dir(kind) if name[0] != "_" and not hasattr(BaseAgent, name)]
     near = [n for n in own if n.startswith("on_") or get_close_matches(n.lower(), hooks, 1, 0.8)]
     found = [f"{name} is no hook; hooks are {', '.join(hooks)}" for name in near]
-    found += ["it has no hook: it changes nothing"] * (not has)
-    found += ["it offers tools, and has no on_tool"] * (bool(tools) and "on_tool" not in has)
-    return found + ["it has on_tool, and offered no tools"] * (tools == [] and "on_tool" in has)
+    found += ["it has no hook: it changes nothing"] * (not plugin.hooks)
+    if "on_tool" in plugin.hooks:
+        return found + ["it has on_tool, and offered no tools"] * (asked and not plugin.tools)
+    return found + ["it has tools, and no on_tool: they are not offered"] * bool(plugin.tools)
 
 
 # python testkit.py new NAME

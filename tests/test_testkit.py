@@ -248,8 +248,9 @@ CHECKED = {  # code: verdict, what is said, exit status
     HOOK.format("on_chunk(self, t): return ''"): ("FAILED", "does on_end return", 1),
     HOOK.format("on_reply(self, r): return r"): ("warning", "on_reply is no hook", 0),
     "class It(BaseAgent): pass": ("warning", "it has no hook", 0),
-    "class It(BaseAgent): tools = [{'name': 'w'}]": ("warning", "and has no on_tool", 0),
+    "class It(BaseAgent): tools = [{'name': 'w'}]": ("warning", "tools, and no on_tool", 0),
     HOOK.format("on_tool(self, n, a): return n"): ("warning", "it has on_tool, and offered no", 0),
+    HOOK.format("on_request(self, p): raise Reply('')\n  on_tool = len"): ("ok", "", 0),
     TOOLS: ("ok", "it (tools: 2, about 54 tokens)", 0),
     LIMITER: ("ok", "", 0),
 }
