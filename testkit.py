@@ -41,7 +41,8 @@ import demo
 from kernel.agent import BaseAgent, text_of
 from kernel.client import OllamaClient
 from kernel.config import HOME, AccessConfig, Config, PluginsConfig, load, parse_upstream
-from kernel.dialects import Chunk, Dialect, ToolCall, dumps
+from kernel.dialects import Chunk, Dialect, dumps
+from kernel.dialects.calls import ToolCall
 from kernel.dialects.every import DIALECTS
 from kernel.dialects.responses import CLOSING
 from kernel.errors import ConfigError
@@ -68,7 +69,6 @@ FORBIDDEN = re.compile(
 ONLY_AGENT = "of this project an agent imports only kernel.agent"
 SWALLOWED = "the answer is empty; does on_end return what on_chunk held back?"
 SAYS = "*That* is `all` I know, 1 < 2.\n\nAnything else?"  # the model, while agents are checked
-RESULTS = ("tool_result", "function_call_output")  # of tools, where their role is not "tool"
 BLOCK = {"index", "output_index"}  # keys of the frames that belong to a block of an answer
 CALLING = {"finish_reason": "tool_calls", "stop_reason": "tool_use"}  # how an answer ends
 # How the other dialects say what Ollama's `format` says
@@ -161,7 +161,7 @@ class Trial:
     def __init__(self, model: Model) -> None:
         self.model = [model] if isinstance(model, str | dict) else model
         self.asked = 0  # how often the model was, in one way of asking
-        self.offered, self.called = set[str](), set[str]()  # names of tools
+        self.tools, self.called = set[str](), set[str]()  # their names
         self.sent: Chat = {}  # what the request became, if the proxy did not answer it itself
         chats = [Route(d.path, partial(self.chat, d), methods=["POST"]) for d in DIALECTS]
         self.upstream = Starlette(routes=[Route("/api/embed", embed, methods=["POST"]), *chats])
@@ -170,7 +170,7 @@ class Trial:
         payload = await request.json()
         if MARK in request.headers:
             self.sent = payload
-        self.offered |= {t.get("function", t)["name"] for t in payload.get("tools") or []}
+        self.tools |= {t.get("function", t)["name"] for t in payload.get("tools") or []}
         text, calls = self.says(dialect.read(payload)["messages"])
         self.called |= {call["name"] for call in calls}
         return answer_of(dialect, payload, text, calls)
@@ -207,7 +207,7 @@ class Trial:
                     way = f"{dialect.name} {'in single characters' if stream else 'whole'}"
                     answers[way] = await self.talk(dialect, request | {"stream": stream}, headers)
         assert answers, f"no dialect can say this: {request}"
-        assert self.called <= self.offered, f"called {[*self.called]}, offered {[*self.offered]}"
+        assert self.called <= self.tools, f"the model calls {self.called}; its tools: {self.tools}"
         return answers
 
     async def talk(self, dialect: Dialect, request: Chat, headers: Pairs) -> Answered:
@@ -242,7 +242,7 @@ def results_of(message: Chat) -> Iterator[str]:
     """Yield the texts of the results of tools in a message of any dialect."""
     content = message.get("content")
     for each in [message, *(content if isinstance(content, list) else [])]:
-        if each.get("role") == "tool" or each.get("type") in RESULTS:
+        if each.get("role") == "tool" or {"tool_use_id", "output"} & each.keys():
             yield text_of({"content": each.get("output", each.get("content"))})
 
 
@@ -274,7 +274,7 @@ def answer_of(dialect: Dialect, payload: Chat, text: str, calls: Messages) -> Re
     given = [*map(encode, chunks), b"" if whole else dialect.done()]
     frames = [frame for each in given for frame in rounds.take(each)]
     made = [ToolCall(c["name"], dumps(c.get("arguments", {})).decode()) for c in calls]
-    rounds.calls.update(enumerate(made))
+    rounds.calls.update(enumerate(made))  # as if it had taken them out of the frames
     kind = dialect.whole_type if whole else dialect.stream_type
     return Response(b"".join(frames + rounds.finish(made)), media_type=kind.decode())
 
