@@ -158,6 +158,14 @@ def test_what_is_typed_is_answered_in_turn_and_a_yes_makes_the_call(plugins: Pat
     assert other.text == "Paid." and other.results == ["pay 5"]
 
 
+def test_where_one_call_leads_to_another_each_is_asked_about(plugins: Path) -> None:
+    model = [call("pay", z=1), call("pay", z=2), "Paid."]
+
+    answer = ask(write_agent(plugins, "it", TOOLS), ["/it pay", "/yes", "/yes"], model=model)
+
+    assert answer.results[-1:] == ["pay 2"]
+
+
 def test_a_call_of_a_tool_that_was_not_offered_fails_the_test(plugins: Path) -> None:
     with pytest.raises(AssertionError, match=r"the model calls {'wx'}; its tools: {'(pay|w)', '"):
         ask(write_agent(plugins, "it", TOOLS), "/it x", model=[call("wx"), "Rain."])
