@@ -79,6 +79,8 @@ class Rounds:
     def history(self, results: Sequence[Result]) -> list[Message]:
         """Return this round as messages of the payload: what the model wrote, and the results."""
         calls = [*self.calls.values()]
+        for call in calls:  # Ollama reads no other arguments
+            call.arguments = call.arguments if call.values() else "{}"
         said = self._dialect.spoken("".join(self._text), "".join(self._thinking), calls)
         return said + self._dialect.results(list(zip(calls, results, strict=True)))
 

@@ -68,11 +68,8 @@ def offered_by(agent: BaseAgent) -> list[Tool]:
 
 def seen(call: ToolCall, number: int, agent: str) -> Call:
     """Return a call as agents see it. Arguments that are no object stand under the name ""."""
-    try:
-        arguments = loads(call.arguments.encode() or b"{}")
-    except (ValueError, RecursionError):
-        arguments = None
-    if not isinstance(arguments, dict):
+    arguments = call.values()
+    if arguments is None:
         arguments = {"": call.arguments}
     return {"id": str(number), "name": call.name, "arguments": arguments, "agent": agent}
 
@@ -222,7 +219,7 @@ class Consent:
 
 def visible(call: ToolCall) -> str:
     """Return the arguments of a call as JSON in which every sign can be seen."""
-    text = dumps(loads(call.arguments.encode() or b"{}")).decode()
+    text = dumps(call.values()).decode()
     return HIDDEN.sub(lambda sign: sign[0] if sign[0].isprintable() else escaped(sign[0]), text)
 
 

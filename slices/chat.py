@@ -798,8 +798,8 @@ async def result_of(turn: Turn, call: ToolCall) -> Result:
     if call.name not in turn.tools:
         return f"failed: there is no tool {call.name!r}"
     run, tool = turn.tools[call.name]
-    arguments = tools.seen(call, 0, "")["arguments"]
-    if "" in arguments:
+    arguments = call.values()
+    if arguments is None:
         return "failed: the arguments are no JSON object"
     return await run.use(tool["name"], arguments)
 

@@ -11,24 +11,23 @@ state: what one answer needs to remember is its `AnswerState`, which the editor 
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
-from json.encoder import encode_basestring
-from typing import Any, NoReturn
+from typing import Any
 
 from kernel.agent import Message, Payload, Tool
 from kernel.dialects.calls import JointState, Made, ToolCall, add, contents_of, function_of
+from kernel.dialects.strict import dumps as dumps
+from kernel.dialects.strict import loads as loads
+from kernel.dialects.strict import loads_once as loads_once
 
 Chunk = dict[str, Any]  # a frame's JSON object
 Place = tuple[dict[str, Any], str]  # an object of a chunk, and the key under which text stands
 
 JSON = b"application/json"
 JSON_UTF8 = b"application/json; charset=utf-8"
-# Characters that line-splitting clients treat as newlines (httpx does), and lone surrogates
-UNSAFE = re.compile("[\x7f-\x9f\u2028\u2029\ud800-\udfff]")
 LAST = frozenset(  # keys that only some frames have
     "logprobs done_reason total_duration load_duration prompt_eval_count prompt_eval_duration"
     " eval_count eval_duration usage".split()
@@ -38,51 +37,6 @@ KEYS = frozenset(  # that Ollama's decoder takes for its own in any case
     "model messages stream format keep_alive tools options think logprobs top_logprobs shift"
     " truncate response_format stream_options role content images tool_calls tool_name tool_call_id"
     " thinking type text input instructions system max_tokens max_output_tokens tool_choice".split()
-)
-
-
-def dumps(value: Any) -> bytes:
-    """Encode JSON on one line, safe for clients that split lines on more than a newline.
-
-    Raises ValueError for NaN and infinity, TypeError for values that JSON does not have.
-    """
-    text = encode_basestring(value) if type(value) is str else ENCODER.encode(value)
-    if not text.isascii() or "\x7f" in text:
-        text = UNSAFE.sub(lambda found: f"\\u{ord(found[0]):04x}", text)
-    return text.encode()
-
-
-def loads(data: bytes) -> Any:
-    """Decode strict JSON: UTF-8 without BOM, no NaN. Raises ValueError and RecursionError."""
-    text = data.decode().strip(" \t\n\r")  # `decode` looks for white space with two regexes
-    value, end = DECODER.raw_decode(text)
-    return value if end == len(text) else DECODER.decode(text)
-
-
-def loads_once(data: bytes) -> Any:
-    """Decode as `loads` does, and raise ValueError where a key stands twice in one object."""
-    return STRICT_DECODER.decode(data.decode())
-
-
-def reject(constant: str) -> NoReturn:
-    raise ValueError(f"{constant} is no JSON")
-
-
-def finite(text: str) -> float:
-    number = float(text)
-    return reject(text) if number in (float("inf"), float("-inf")) else number
-
-
-def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    return found if len(found) == len(pairs) else reject("a key that stands twice")
-
-
-# Made once: json.dumps and json.loads make a new one for each call with options.
-ENCODER = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"), allow_nan=False)
-DECODER = json.JSONDecoder(parse_constant=reject, parse_float=finite)
-STRICT_DECODER = json.JSONDecoder(
-    parse_constant=reject, parse_float=finite, object_pairs_hook=unique
 )
 
 
@@ -278,29 +232,29 @@ class Dialect:
 
     def entry(self, call: ToolCall, number: int) -> Chunk:
         """Return a call as an answer has it; `number` counts the calls of the answer."""
-        arguments = loads(call.arguments.encode() or b"{}")
-        function = {**call.entry.get("function", {}), "name": call.name, "arguments": arguments}
+        function = call.entry.get("function", {}) | {"name": call.name, "arguments": call.values()}
         if "index" in function:
             function["index"] = number
         return call.entry | {"id": call.id, "function": function}
 
+    def entries(self, calls: Sequence[ToolCall]) -> list[Chunk]:
+        return [self.entry(call, number) for number, call in enumerate(calls)]
+
     def call(self, last: Chunk, calls: Sequence[ToolCall]) -> list[Chunk]:
         """Return the frames of a stream that say calls, made of another frame; `join` follows."""
         chunks = [self.piece(last, "") for _ in calls]
-        for number, (call, chunk) in enumerate(zip(calls, chunks, strict=True)):
-            self.message(chunk)["tool_calls"] = [self.entry(call, number)]
+        for chunk, entry in zip(chunks, self.entries(calls), strict=True):
+            self.message(chunk)["tool_calls"] = [entry]
         return chunks
 
     def put(self, chunk: Chunk, calls: Sequence[ToolCall]) -> None:
         """Add calls to a whole answer."""
-        entries = [self.entry(call, number) for number, call in enumerate(calls)]
-        self.message(chunk)["tool_calls"] = entries
+        self.message(chunk)["tool_calls"] = self.entries(calls)
 
     def spoken(self, text: str, thinking: str, calls: Sequence[ToolCall]) -> list[Message]:
         """Return what the model said in a round as messages of the payload."""
-        entries = [self.entry(call, number) for number, call in enumerate(calls)]
-        thought = {"thinking": thinking} if thinking else {}
-        return [{"role": "assistant", "content": text, **thought, "tool_calls": entries}]
+        said = {"content": text} | ({"thinking": thinking} if thinking else {})
+        return [{"role": "assistant", **said, "tool_calls": self.entries(calls)}]
 
     def results(self, results: Sequence[Made]) -> list[Message]:
         """Return the results of calls as messages of the payload."""

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from kernel.agent import Message, Tool
+from kernel.dialects.strict import loads
 
 Chunk = dict[str, Any]  # a frame's JSON object
 Result = str | list[Message]  # of a tool: text, or MCP's contents
@@ -24,6 +25,14 @@ class ToolCall:
 
     def __post_init__(self) -> None:
         self.id = self.id or f"call_{secrets.token_hex(4)}"
+
+    def values(self) -> dict[str, Any] | None:
+        """Return the arguments; None: they are no JSON object."""
+        try:
+            found = loads(self.arguments.encode() or b"{}")
+        except (ValueError, RecursionError):
+            return None
+        return found if isinstance(found, dict) else None
 
 
 Made = tuple[ToolCall, Result]

@@ -18,7 +18,6 @@ from kernel.dialects import (
     Chunk,
     Place,
     dumps,
-    loads,
     place_in,
     split_lead,
     table,
@@ -141,8 +140,7 @@ class Messages(SSE):
             holder["stop_reason"] = "end_turn"
 
     def entry(self, call: ToolCall, number: int) -> Chunk:
-        arguments = loads(call.arguments.encode() or b"{}")
-        mine = {"type": "tool_use", "id": call.id, "name": call.name, "input": arguments}
+        mine = {"type": "tool_use", "id": call.id, "name": call.name, "input": call.values()}
         return call.entry | mine
 
     def call(self, last: Chunk, calls: Sequence[ToolCall]) -> list[Chunk]:
@@ -159,13 +157,12 @@ class Messages(SSE):
         return chunks
 
     def put(self, chunk: Chunk, calls: Sequence[ToolCall]) -> None:
-        chunk["content"] += [self.entry(call, number) for number, call in enumerate(calls)]
+        chunk["content"] += self.entries(calls)
 
     def spoken(self, text: str, thinking: str, calls: Sequence[ToolCall]) -> list[Message]:
         blocks: list[Message] = [{"type": "thinking", "thinking": thinking}] if thinking else []
         blocks += [{"type": "text", "text": text}] if text else []
-        blocks += [self.entry(call, 0) for call in calls]
-        return [{"role": "assistant", "content": blocks}]
+        return [{"role": "assistant", "content": blocks + self.entries(calls)}]
 
     def results(self, results: Sequence[Made]) -> list[Message]:
         blocks: list[Message] = []

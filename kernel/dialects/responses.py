@@ -194,12 +194,10 @@ class Responses(SSE):
         return item | {"call_id": call.id, "name": call.name, "arguments": call.arguments or "{}"}
 
     def call(self, last: Chunk, calls: Sequence[ToolCall]) -> list[Chunk]:
-        items = [self.entry(call, number) for number, call in enumerate(calls)]
-        return [chunk for item in items for chunk in block_of(item, 0)]
+        return [chunk for item in self.entries(calls) for chunk in block_of(item, 0)]
 
     def put(self, chunk: Chunk, calls: Sequence[ToolCall]) -> None:
-        items = [self.entry(call, number) for number, call in enumerate(calls)]
-        chunk.get("response", chunk)["output"] += items
+        chunk.get("response", chunk)["output"] += self.entries(calls)
 
     def spoken(self, text: str, thinking: str, calls: Sequence[ToolCall]) -> list[Message]:
         items: list[Message] = []
@@ -208,7 +206,7 @@ class Responses(SSE):
         if text:
             part = {"type": "text", "text": text}
             items.append({"type": "message", "role": "assistant", "content": [part]})
-        return items + [self.entry(call, number) for number, call in enumerate(calls)]
+        return items + self.entries(calls)
 
     def results(self, results: Sequence[Made]) -> list[Message]:
         items: list[Message] = []

@@ -286,6 +286,8 @@ async def test_arguments_that_are_no_object_are_told_too(house: House, arguments
     await say(house, COMPLETIONS, "/all go", broken, calling(COMPLETIONS, "Sorry."))
 
     assert results(house, COMPLETIONS) == ["failed: the arguments are no JSON object"]
+    [made] = history(house, COMPLETIONS)[0]["tool_calls"]
+    assert made["function"]["arguments"] == "{}"  # Ollama refuses others
 
 
 @pytest.mark.parametrize("stream", [True, False])
