@@ -7,7 +7,7 @@ The counters of all rounds are added up. A whole answer is a stream of one frame
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from kernel.agent import Message
@@ -18,8 +18,11 @@ from kernel.dialects.calls import JointState, Result, ToolCall
 class Rounds:
     """The answer that is made of rounds, and what the model said in the present one."""
 
-    def __init__(self, dialect: Dialect, *, whole: bool) -> None:
+    def __init__(
+        self, dialect: Dialect, *, whole: bool, unread: Callable[[], None] = lambda: None
+    ) -> None:
         self._dialect = dialect
+        self._unread = unread  # called for a frame that may hold calls which cannot be read
         self._whole = whole
         self._state = JointState()
         self._earlier: list[Chunk] = []  # the end of the rounds before this one
@@ -42,10 +45,13 @@ class Rounds:
         """Return the frames that take the place of `frame`, but for calls and the end."""
         chunk = self._dialect.parse(frame)
         try:
-            if chunk is not None and not self._broken:
-                return self._take(frame, chunk)
+            if chunk is not None:
+                return [frame] if self._broken else self._take(frame, chunk)
         except (LookupError, TypeError, AttributeError):
-            return [frame]  # it is not of the dialect's form
+            self._unread()
+            return [frame]
+        if not self._dialect.bare.fullmatch(frame):
+            self._unread()
         if self._ending and not self._broken:
             self._ending.append((frame, None, False))
             return []

@@ -404,7 +404,7 @@ class Chat:
 
         In the last round that may be, the model has none of our tools.
         """
-        joint = Rounds(self.dialect, whole=whole)
+        joint = Rounds(self.dialect, whole=whole, unread=turn.unread)
         for left in range(self.chain.rounds, -1, -1):
             async with aclosing(answer):
                 async for batch in frames_of(answer, self.dialect, whole=whole):
@@ -508,7 +508,7 @@ class Chat:
         if texts is not None:
             seen = [text_of(message) for message in inner.payload.pop("messages")]
             return await self.client.ask(path, inner.payload | {"input": seen})
-        joint = Rounds(OLLAMA, whole=True)
+        joint = Rounds(OLLAMA, whole=True, unread=inner.unread)
         frames = joint.take(dialects.dumps(await self.client.ask(path, inner.payload)))
         calls = await judge(inner, joint.calls.values())
         frames += joint.finish([call for call in calls if not call.refused])
@@ -651,6 +651,12 @@ class Turn:
         """The calls in the answer concern an agent."""
         judged = any(run.due and run.has("on_calls") for run in self.runs)
         return bool(self.tools or (judged and self.payload.get("tools")))
+
+    def unread(self) -> None:
+        """Raise NotAllowed if a guard had to see calls that cannot be read."""
+        for run in self.runs:
+            if run.plugin.is_guard and run.has("on_calls"):
+                raise refusal(run.plugin)
 
     def question_about(self, calls: Iterable[ToolCall]) -> str:
         """Return what the user is asked before calls are made, or ""."""

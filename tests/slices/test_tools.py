@@ -899,3 +899,98 @@ async def test_what_our_tools_said_is_not_lost_while_the_client_makes_its_calls(
 
     assert said(answer.content) == "Done."
     assert results(house, path) == ["2", "found 0", "found 1", "4", "found 2"]
+
+
+SHOWS = """
+class It(BaseAgent):
+    tools = [{"name": "show"}]
+    async def on_tool(self, name, arguments):
+        return [
+            {"type": "text", "text": "a"},
+            {"type": "image", "data": "aGk=", "mimeType": "image/png"},
+            {"type": "text", "text": "b"},
+        ]
+"""
+URL = "data:image/png;base64,aGk="
+SOURCE = {"type": "base64", "media_type": "image/png", "data": "aGk="}
+IMAGES: dict[str, Any] = {
+    CHAT: {"images": ["aGk="], "content": "a\n\nb"},
+    COMPLETIONS: {
+        "content": [
+            {"type": "text", "text": "a\n\nb"},
+            {"type": "image_url", "image_url": {"url": URL}},
+        ]
+    },
+    MESSAGES: {
+        "content": [{"type": "text", "text": "a\n\nb"}, {"type": "image", "source": SOURCE}]
+    },
+    RESPONSES: {
+        "output": [
+            {"type": "input_text", "text": "a\n\nb"},
+            {"type": "input_image", "image_url": URL},
+        ]
+    },
+}
+
+
+@pytest.mark.parametrize("path", PATHS)
+async def test_images_of_a_result_are_told_as_the_dialect_has_them(house: House, path: str) -> None:
+    house.write("shows", SHOWS)
+
+    await say(house, path, "/shows it", calling(path, "", ("show", {})), calling(path, "Nice."))
+
+    told = history(house, path)[-1]
+    told = told["content"][0] if path == MESSAGES else told
+    assert {key: told[key] for key in IMAGES[path]} == IMAGES[path]
+
+
+@pytest.mark.parametrize("result", ["7", "None", "[7]", "[{'type': 'audio', 'data': ''}]"])
+async def test_a_result_of_another_kind_is_told_as_a_failure(house: House, result: str) -> None:
+    tool = f"async def on_tool(self, *args):\n        return {result}"
+    house.write("odd", f"class It(BaseAgent):\n    tools = [{{'name': 'x'}}]\n    {tool}\n")
+
+    await say(house, CHAT, "/odd it", calling(CHAT, "", ("x", {})), calling(CHAT, ""))
+
+    [told] = results(house)
+    assert told.startswith("failed: returned ") and "on_tool must return text" in told
+
+
+UNREADABLE = [
+    b'{"message":{"role":"assistant","tool_calls":[{"function":7}]},"done":false}\n',
+    b'{"message":{"role":"assistant","tool_calls":[7]},"done":false}\n',
+    b'{"message" what is this\n',
+]
+
+
+@pytest.mark.parametrize("frame", UNREADABLE)
+async def test_calls_that_cannot_be_read_pass_no_guard(house: House, frame: bytes) -> None:
+    code = "class It(BaseAgent):\n    async def on_calls(self, calls):\n        return calls\n"
+    house.write("all", TOOLS)
+    house.write("guard", code, always=True, on_error="abort", models=["guarded"])
+
+    free = await say(house, CHAT, "/all go", frame + done())
+    guarded = await say(house, CHAT, "/all go", frame + done(), model="guarded")
+
+    assert free.content == frame + done()
+    assert frame not in guarded.content and b"cannot see this request" in guarded.content
+
+
+async def test_a_text_beside_the_end_comes_before_the_next_round(house: House) -> None:
+    house.write("all", TOOLS)
+    first = calling(CHAT, "", ("add", {"a": 1, "b": 1})).splitlines(keepends=True)[:-1]
+    rounds = [b"".join([*first, done("Hm.")]), line("So.") + done(eval_count=1)]
+
+    answer = await say(house, CHAT, "/all go", *rounds)
+
+    assert said(answer.content) == "Hm.So." and results(house) == ["2"]
+    assert [chunk.get("eval_count") for chunk in chunks(CHAT, answer.content)] == [*[None] * 3, 8]
+
+
+async def test_an_error_in_a_round_is_the_end(house: House) -> None:
+    house.write("all", TOOLS)
+    first = calling(CHAT, "One.", ("theirs", {}), ("add", {})).splitlines(keepends=True)[:-1]
+
+    answer = await say(house, CHAT, "/all go", *[b"".join([*first, b'{"error":"no room"}\n'])])
+
+    assert answer.content.endswith(b'{"error":"no room"}\n') and len(house.ollama.asked) == 1
+    assert said(answer.content) == "One." and not called(CHAT, answer.content)
