@@ -111,6 +111,7 @@ CONFIGS: list[tuple[str, str]] = [
         "arguments: x: [] is wrong here, it must be text",
     ),
     ('{"settings": {"key": "$OSP_NO"}}', "$OSP_NO is not set in the environment"),
+    ('{"settings": {"a": {"b": ["$OSP_NO"]}}}', "$OSP_NO is not set in the environment"),
     ('{"timeout": "1"}', "it must be a number"),
     ('{"timeout": 0}', "timeout: 0.0 is wrong here, it must be above 0"),
     ('{"timeout": -1}', "timeout: -1.0 is wrong here, it must be above 0"),
@@ -167,6 +168,20 @@ async def test_settings_and_arguments_of_the_operator_come_over_those_of_the_plu
         assert plugin.agent and plugin.agent.settings == {"folder": "b", "key": "s", "n": 1}
         assert plugin.config.arguments == {"k": 5, "l": 2}
         assert (plugin.config.always, plugin.config.priority) == (True, 3.0)
+
+
+async def test_the_environment_is_known_at_any_depth_of_a_setting(plugins: Path) -> None:
+    write_agent(plugins, "ok", OK, settings={"servers": {}})
+    table = {
+        "settings": {"servers": {"a": {"env": {"KEY": "$SECRET"}, "args": ["$SECRET", "$ 1"]}}}
+    }
+
+    async with loaded(plugins, agents={"ok": table}, environ={"SECRET": "s"}) as registry:
+        agent = registry.plugins["ok"].agent
+
+        assert agent and agent.settings == {
+            "servers": {"a": {"env": {"KEY": "s"}, "args": ["s", "$ 1"]}}
+        }
 
 
 async def test_helpers_beside_an_agent_are_imported_and_nothing_of_it_stays(plugins: Path) -> None:
