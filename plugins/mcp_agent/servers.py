@@ -1,0 +1,273 @@
+"""Servers: starts an MCP server on first use, and keeps its session in a task of its own.
+
+The SDK's cancel scopes must be left in the task that entered them, and a hook's task may be
+cancelled at any time: hooks wait for a session and send through it, no more. A session that ends
+fails the calls that it has; the next use starts another one. The transport for processes is our
+own, because the SDK's has no limit for what a process sends.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import math
+import os
+import shutil
+import time
+from collections.abc import AsyncIterator, Mapping
+from contextlib import asynccontextmanager, suppress
+from typing import Any
+
+import anyio
+from mcp import Client, ClientSession, MCPError, types
+from mcp.client.stdio import get_default_environment
+from mcp.client.streamable_http import streamable_http_client
+from mcp.shared.message import SessionMessage
+from pydantic import ValidationError
+
+from kernel.agent import Tool
+
+from .rules import ToolError, offerable
+
+logger = logging.getLogger("plugins.mcp")  # this module's own name differs from start to start
+
+OURSELVES = types.Implementation(name="ollama-smart-proxy", version="1")
+PAGES, TOOLS = 50, 500  # of one server's list
+FRESH = 300.0  # seconds that a list counts: not every server tells of changes
+PAUSE = 30.0  # seconds after a start that failed until the next one
+LARGEST = 16 << 20  # bytes of one message
+FLOOD = 2000  # lines in a second: more are no conversation
+PATIENCE = 1.0  # seconds that a server has to end by itself, and a process once it is told to
+PIPES: dict[str, Any] = dict.fromkeys(("stdin", "stdout", "stderr"), asyncio.subprocess.PIPE)
+FORGOTTEN = "Session terminated"  # the SDK's word for an HTTP server that was started anew
+
+
+class Server:
+    """One MCP server; it runs from its first use on."""
+
+    def __init__(self, name: str, config: Mapping[str, Any], limit: float) -> None:
+        self.name, self.config, self.limit = name, config, limit
+        self.tools: dict[str, Tool] = {}  # by the server's own names, as it listed them last
+        self.session: ClientSession | None = None  # while it answers
+        self.failure = ""  # why it does not
+        self._task: asyncio.Task[None] | None = None
+        self._settled, self._ending = asyncio.Event(), asyncio.Event()
+        self._listed = self._changed = self._paused = -math.inf  # when
+
+    @property
+    def status(self) -> str:
+        if self.session:
+            size = len(json.dumps([*self.tools.items()], ensure_ascii=False)) // 4
+            return f"answers, {len(self.tools)} tools, about {size} tokens"
+        if self.failure:
+            return f"failed: {self.failure}"
+        return "is starting" if self._task else "not started"
+
+    async def refresh(self) -> None:
+        """Start the server if it does not run, and list its tools if they may have changed."""
+        session = await self._connected()
+        if self._listed < max(self._changed, time.monotonic() - FRESH):
+            await self._list(session)
+
+    async def call(self, tool: str, arguments: dict[str, Any], tries: int = 2) -> Any:
+        """Return the CallToolResult of a call. Raises ToolError."""
+        request = types.CallToolRequest(
+            params=types.CallToolRequestParams(name=tool, arguments=arguments)
+        )
+        session = await self._connected()
+        try:
+            # session.call_tool would run the server's regular expressions over the result.
+            return await session.send_request(request, types.CallToolResult)
+        except (MCPError, ValidationError) as exc:
+            if str(exc) == FORGOTTEN and tries > 1:
+                await self.stop()
+                return await self.call(tool, arguments, tries - 1)
+            raise ToolError(f"{self.name}: {self.failure or reason(exc)}") from exc
+
+    async def stop(self) -> None:
+        """End the session, and with it the server's process."""
+        if self._task:
+            self._ending.set()
+            self._scope.deadline = anyio.current_time() + (PATIENCE if self.session else 0)
+            await asyncio.wait({self._task})
+
+    def fail(self, why: str) -> None:
+        """Say that the session is over, and why."""
+        self.failure, self.session = why, None
+
+    async def _connected(self) -> ClientSession:
+        """Return the session, one for all who wait for it. Raises ToolError."""
+        if self._task and self.failure and self._settled.is_set():
+            await asyncio.wait({self._task})  # its process is being ended
+        if (not self._task or self._task.done()) and time.monotonic() > self._paused:
+            self.failure, self._settled, self._ending = "", asyncio.Event(), asyncio.Event()
+            self._scope = anyio.CancelScope(deadline=anyio.current_time() + self.limit)
+            self._task = asyncio.create_task(self._live())
+        await self._settled.wait()
+        if self.session is None:
+            raise ToolError(f"{self.name}: {self.failure}")
+        return self.session
+
+    async def _live(self) -> None:
+        """Keep a session open until it ends, or is told to."""
+        with self._scope:
+            # Some processes of before 2026 end when they are asked what they speak ("auto").
+            await self._hold("auto") or await self._hold("legacy")
+        if not (self.failure or self._ending.is_set()):
+            self.failure = f"did not answer within {self.limit:g} seconds"
+        if not self._settled.is_set():
+            self._paused = time.monotonic() + PAUSE
+        self.session = None
+        self._settled.set()
+        if self.failure:
+            fields = {"server": self.name, "error": self.failure}
+            logger.warning("MCP server failed", extra={"fields": fields})
+
+    async def _hold(self, mode: str) -> bool:
+        """Hold a session; return False where the process ended before there was one."""
+        streams = http(self.config) if "url" in self.config else stdio(self)
+        options: dict[str, Any] = {"client_info": OURSELVES, "message_handler": self._hear}
+        try:
+            async with Client(streams, mode=mode, cache=None, **options) as client:
+                await self._list(client.session)
+                self.session, self.failure = client.session, ""
+                self._scope.deadline = math.inf
+                self._settled.set()
+                with suppress(MCPError, RuntimeError):  # before 2026 they tell of changes unasked
+                    async with client.listen(tools_list_changed=True):
+                        await self._ending.wait()
+                await self._ending.wait()
+        except Exception as exc:  # whatever the SDK raises ends this session, and no more
+            ended = self.failure
+            self.fail(ended or reason(exc))
+            return self._settled.is_set() or not ended
+        return True
+
+    async def _hear(self, message: object) -> None:
+        if isinstance(message, types.ToolListChangedNotification):
+            self._changed = time.monotonic()
+
+    async def _list(self, session: ClientSession) -> None:
+        """Ask for all tools, and keep those that can be offered."""
+        began, cursor, found = time.monotonic(), None, dict[str, Tool | None]()
+        for _ in range(PAGES):
+            page = await session.list_tools(params=types.PaginatedRequestParams(cursor=cursor))
+            for tool in page.tools[: TOOLS - len(found)]:
+                found.setdefault(tool.name, offerable(self.config, tool))
+            if not (cursor := page.next_cursor):
+                break
+        self._listed, self.tools = began, {name: tool for name, tool in found.items() if tool}
+
+
+@asynccontextmanager
+async def http(config: Mapping[str, Any]) -> AsyncIterator[Any]:
+    """Connect to a server that speaks streamable HTTP."""
+    import httpx2  # a part of the SDK; where that is missing, its name is what the log should say
+
+    headers, timeout = config.get("headers"), httpx2.Timeout(30, read=300)  # a stream may pause
+    hooks = {"response": [read_body]}
+    async with httpx2.AsyncClient(headers=headers, timeout=timeout, event_hooks=hooks) as client:
+        async with streamable_http_client(
+            config["url"], http_client=client, max_sse_event_size=LARGEST
+        ) as streams:
+            yield streams
+
+
+async def read_body(response: Any) -> None:
+    """Read a response, so that nobody reads more than LARGEST of it; streams have limits anyway."""
+    if not response.headers.get("content-type", "").startswith("text/event-stream"):
+        body = bytearray()
+        async for chunk in response.aiter_bytes():
+            body += chunk
+            if len(body) > LARGEST:
+                raise ToolError(f"sent more than {LARGEST >> 20} MiB in one message")
+        response._content = bytes(body)
+
+
+@asynccontextmanager
+async def stdio(server: Server) -> AsyncIterator[Any]:
+    """Run a server's process, and end it and its children afterwards."""
+    config, env = server.config, get_default_environment() | server.config.get("env", {})
+    command = [config["command"], *config.get("args", ())]
+    command[0] = shutil.which(command[0], path=env.get("PATH")) or command[0]
+    options: dict[str, Any] = {**PIPES, "env": env, "cwd": config.get("cwd")}
+    process = await asyncio.create_subprocess_exec(
+        *command, limit=LARGEST, start_new_session=True, **options
+    )
+    incoming, read = anyio.create_memory_object_stream[Any](0)
+    write, outgoing = anyio.create_memory_object_stream[Any](0)
+    try:
+        async with incoming, read, write, outgoing, anyio.create_task_group() as group:
+            group.start_soon(receive, process, incoming, server)
+            group.start_soon(send, process.stdin, outgoing)
+            group.start_soon(log, process.stderr, server.name)
+            yield read, write
+            group.cancel_scope.cancel()
+    finally:
+        with anyio.CancelScope(shield=True):
+            await end(process)
+
+
+async def receive(process: Any, incoming: Any, server: Server) -> None:
+    """Hand on each line as a message. Raises ToolError when there will be no more."""
+    lines, since = 0, time.monotonic()
+    try:
+        while line := await process.stdout.readline():
+            now = time.monotonic()
+            lines, since = (lines + 1, since) if now < since + 1 else (1, now)
+            if lines > FLOOD:
+                raise ValueError(f"sent more than {FLOOD} lines in a second")
+            # Some print what is no message, and some speak on while they are ended.
+            with suppress(ValidationError, anyio.BrokenResourceError):
+                message = types.jsonrpc_message_adapter.validate_json(line, by_name=False)
+                await incoming.send(SessionMessage(message))
+        with anyio.move_on_after(PATIENCE):
+            await process.wait()
+        server.fail(f"ended (exit status {process.returncode})")
+    except ValueError as exc:  # of readline: larger than LARGEST
+        server.fail(str(exc))
+    raise ToolError(server.failure)
+
+
+async def send(stdin: Any, outgoing: Any) -> None:
+    with suppress(OSError):  # the process has ended, which `receive` says
+        async for sent in outgoing:
+            text = sent.message.model_dump_json(by_alias=True, exclude_unset=True)
+            stdin.write(text.encode() + b"\n")
+            await stdin.drain()
+
+
+async def log(stderr: Any, name: str) -> None:
+    """Log what a process says on stderr, at debug: it may hold what it was asked."""
+    while chunk := await stderr.read(4096):
+        for line in chunk.decode(errors="replace").splitlines():
+            logger.debug("MCP server says", extra={"fields": {"server": name, "line": line}})
+
+
+async def end(process: Any) -> None:
+    """Close a process's stdin, which tells it to end; kill it and its children if it does not."""
+    process.stdin.close()
+    for number in (15, 9, 9):  # SIGTERM, SIGKILL
+        with anyio.move_on_after(PATIENCE):
+            await process.wait()
+            break
+        with suppress(OSError):
+            getattr(os, "killpg", os.kill)(process.pid, number)  # Windows has no groups
+    process._transport.close()  # its pipes, where their end was not read
+
+
+def reason(exc: BaseException) -> str:
+    """Say in a line why a session failed, without values that a server may have been told."""
+    while isinstance(exc, BaseExceptionGroup):
+        exc = exc.exceptions[0]
+    if isinstance(exc, ValidationError):
+        first = exc.errors(include_input=False, include_url=False)[0]
+        return f"it does not speak MCP: {'.'.join(map(str, first['loc']))}: {first['msg']}"[:300]
+    return f"{getattr(exc, 'strerror', None) or exc or type(exc).__name__}"[:300]
+
+
+def silence() -> None:
+    """Keep the SDK from the log: it would note whole messages, and URLs with their query."""
+    for name in ("mcp", "client", "httpx2", "httpcore2"):
+        logging.getLogger(name).setLevel(logging.CRITICAL)
