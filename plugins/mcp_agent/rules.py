@@ -19,8 +19,8 @@ DESCRIPTION = 4000  # characters of a tool's description that are offered
 SCHEMA = 20_000  # characters of a schema; a tool with a longer one is left out
 # What Ollama takes in a schema and its properties (ToolFunction, ToolProperty in its api/types.go);
 # it refuses the whole chat for a value of another type.
-SHAPES: dict[str, Any] = {"type": str | list, "description": str, "properties": dict}
-SHAPES |= {"required": list, "enum": list, "anyOf": list}
+SHAPES: dict[str, Any] = {"type": str | list | None, "description": str | None}
+SHAPES |= dict.fromkeys(("enum", "required", "anyOf"), list | None) | {"properties": dict | None}
 
 
 class ToolError(Exception):
@@ -48,13 +48,13 @@ def tool_name(server: str, tool: str) -> str:
 
 
 def offerable(config: Mapping[str, Any], tool: Any) -> Tool | None:
-    """Return a server's tool without its name; None where the operator or Ollama refuses it."""
+    """Return a server's tool without its name; None where it cannot be offered."""
     schema = {"type": "object", **tool.input_schema}
     made = {"description": (tool.description or "")[:DESCRIPTION], "parameters": schema}
-    with suppress(ValueError, RecursionError):  # NaN, or too deep
-        if is_readable(schema) and len(json.dumps(schema, allow_nan=False)) <= SCHEMA:
-            if tool.name and fits(tool.name, config.get("allow", ["*"])):
-                return made | ({"consent": True} if fits(tool.name, config.get("ask", [])) else {})
+    with suppress(ValueError, RecursionError):  # no JSON: NaN
+        fine = is_readable(schema) and len(json.dumps(schema, allow_nan=False)) <= SCHEMA
+        if fine and tool.name and fits(tool.name, config.get("allow", ["*"])):
+            return made | ({"consent": True} if fits(tool.name, config.get("ask", [])) else {})
     return None
 
 
@@ -64,12 +64,11 @@ def fits(name: str, patterns: Iterable[str]) -> bool:
 
 def is_readable(schema: Any) -> bool:
     """Tell whether Ollama can read a schema, and the properties in it."""
-    if not isinstance(schema, dict):
+    items = schema.items() if isinstance(schema, dict) else [("properties", "no schema")]
+    if not all(isinstance(value, SHAPES.get(key, object)) for key, value in items):
         return False
-    held = {key: value for key, value in schema.items() if value is not None}
-    if not all(isinstance(value, SHAPES.get(key, object)) for key, value in held.items()):
-        return False
-    return all(map(is_readable, [*held.get("properties", {}).values(), *held.get("anyOf", [])]))
+    inner = [*(schema.get("properties") or {}).values(), *(schema.get("anyOf") or [])]
+    return all(map(is_readable, inner))
 
 
 def contents(result: Any, most: int, *, images: bool) -> str | list[Message]:

@@ -32,7 +32,6 @@ from .rules import ToolError, offerable
 
 logger = logging.getLogger("plugins.mcp")  # this module's own name differs from start to start
 
-OURSELVES = types.Implementation(name="ollama-smart-proxy", version="1")
 PAGES, TOOLS = 50, 500  # of one server's list
 FRESH = 300.0  # seconds that a list counts: not every server tells of changes
 PAUSE = 30.0  # seconds after a start that failed until the next one
@@ -70,19 +69,18 @@ class Server:
         if self._listed < max(self._changed, time.monotonic() - FRESH):
             await self._list(session)
 
-    async def call(self, tool: str, arguments: dict[str, Any], tries: int = 2) -> Any:
+    async def call(self, tool: str, arguments: dict[str, Any]) -> Any:
         """Return the CallToolResult of a call. Raises ToolError."""
-        request = types.CallToolRequest(
-            params=types.CallToolRequestParams(name=tool, arguments=arguments)
-        )
         session = await self._connected()
+        params = types.CallToolRequestParams(name=tool, arguments=arguments)
         try:
             # session.call_tool would run the server's regular expressions over the result.
-            return await session.send_request(request, types.CallToolResult)
+            return await session.send_request(
+                types.CallToolRequest(params=params), types.CallToolResult
+            )
         except (MCPError, ValidationError) as exc:
-            if str(exc) == FORGOTTEN and tries > 1:
-                await self.stop()
-                return await self.call(tool, arguments, tries - 1)
+            if str(exc) == FORGOTTEN:
+                await self.stop()  # the next use begins another session
             raise ToolError(f"{self.name}: {self.failure or reason(exc)}") from exc
 
     async def stop(self) -> None:
@@ -113,7 +111,15 @@ class Server:
         """Keep a session open until it ends, or is told to."""
         with self._scope:
             # Some processes of before 2026 end when they are asked what they speak ("auto").
-            await self._hold("auto") or await self._hold("legacy")
+            for mode in ("auto", "legacy"):
+                try:
+                    await self._hold(mode)
+                except Exception as exc:  # whatever the SDK raises ends this session, and no more
+                    ended = self.failure
+                    self.fail(ended or reason(exc))
+                    if ended and not self._settled.is_set():
+                        continue
+                break
         if not (self.failure or self._ending.is_set()):
             self.failure = f"did not answer within {self.limit:g} seconds"
         if not self._settled.is_set():
@@ -124,25 +130,16 @@ class Server:
             fields = {"server": self.name, "error": self.failure}
             logger.warning("MCP server failed", extra={"fields": fields})
 
-    async def _hold(self, mode: str) -> bool:
-        """Hold a session; return False where the process ended before there was one."""
+    async def _hold(self, mode: str) -> None:
         streams = http(self.config) if "url" in self.config else stdio(self)
-        options: dict[str, Any] = {"client_info": OURSELVES, "message_handler": self._hear}
-        try:
-            async with Client(streams, mode=mode, cache=None, **options) as client:
-                await self._list(client.session)
-                self.session, self.failure = client.session, ""
-                self._scope.deadline = math.inf
-                self._settled.set()
-                with suppress(MCPError, RuntimeError):  # before 2026 they tell of changes unasked
-                    async with client.listen(tools_list_changed=True):
-                        await self._ending.wait()
-                await self._ending.wait()
-        except Exception as exc:  # whatever the SDK raises ends this session, and no more
-            ended = self.failure
-            self.fail(ended or reason(exc))
-            return self._settled.is_set() or not ended
-        return True
+        async with Client(streams, mode=mode, cache=None, message_handler=self._hear) as client:
+            await self._list(client.session)
+            self.session, self.failure, self._scope.deadline = client.session, "", math.inf
+            self._settled.set()
+            with suppress(MCPError, RuntimeError):  # before 2026 they tell of changes unasked
+                async with client.listen(tools_list_changed=True):
+                    await self._ending.wait()
+            await self._ending.wait()
 
     async def _hear(self, message: object) -> None:
         if isinstance(message, types.ToolListChangedNotification):
@@ -165,24 +162,12 @@ async def http(config: Mapping[str, Any]) -> AsyncIterator[Any]:
     """Connect to a server that speaks streamable HTTP."""
     import httpx2  # a part of the SDK; where that is missing, its name is what the log should say
 
-    headers, timeout = config.get("headers"), httpx2.Timeout(30, read=300)  # a stream may pause
-    hooks = {"response": [read_body]}
-    async with httpx2.AsyncClient(headers=headers, timeout=timeout, event_hooks=hooks) as client:
+    url, timeout = config["url"], httpx2.Timeout(30, read=300)  # a stream may pause
+    async with httpx2.AsyncClient(headers=config.get("headers"), timeout=timeout) as client:
         async with streamable_http_client(
-            config["url"], http_client=client, max_sse_event_size=LARGEST
-        ) as streams:
-            yield streams
-
-
-async def read_body(response: Any) -> None:
-    """Read a response, so that nobody reads more than LARGEST of it; streams have limits anyway."""
-    if not response.headers.get("content-type", "").startswith("text/event-stream"):
-        body = bytearray()
-        async for chunk in response.aiter_bytes():
-            body += chunk
-            if len(body) > LARGEST:
-                raise ToolError(f"sent more than {LARGEST >> 20} MiB in one message")
-        response._content = bytes(body)
+            url, http_client=client, max_sse_event_size=LARGEST
+        ) as it:
+            yield it
 
 
 @asynccontextmanager

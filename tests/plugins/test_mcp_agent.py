@@ -485,9 +485,13 @@ def forgetful(sessions: list[str]) -> Starlette:
     """Return a server of revision 2025-06-18 that knows the last of its sessions only."""
 
     async def answer(asked: Request) -> Response:
+        session = asked.headers.get("mcp-session-id")
+        if asked.method == "DELETE":
+            sessions.append(f"{session} ended")
+            return Response()
         body = await asked.json()
-        session, method = asked.headers.get("mcp-session-id"), body["method"]
-        if asked.method == "DELETE" or "id" not in body:
+        method = body["method"]
+        if "id" not in body:
             return Response(status_code=202)
         if method == "initialize":
             sessions.append(f"{len(sessions)}")
@@ -512,7 +516,10 @@ async def test_a_session_that_an_http_server_forgot_is_begun_again() -> None:
         assert await one.on_tool("http_echo", {}) == "in session 1"
         sessions.append("of its next life")
 
-        assert await one.on_tool("http_echo", {}) == "in session 3"
+        with pytest.raises(ToolError, match="http: Session terminated"):
+            await one.on_tool("http_echo", {})
+        assert await one.on_tool("http_echo", {}) == "in session 4"
+    assert sessions[-1] == "4 ended"
 
 
 async def test_no_secret_is_logged(caplog: pytest.LogCaptureFixture, sdk_url: str) -> None:
