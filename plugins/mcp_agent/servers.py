@@ -33,13 +33,11 @@ from .rules import ToolError, offerable
 logger = logging.getLogger("plugins.mcp")  # this module's own name differs from start to start
 
 PAGES, TOOLS = 50, 500  # of one server's list
-FRESH = 300.0  # seconds that a list counts: not every server tells of changes
 PAUSE = 30.0  # seconds after a start that failed until the next one
 LARGEST = 16 << 20  # bytes of one message
 FLOOD = 2000  # lines in a second: more are no conversation
-PATIENCE = 1.0  # seconds that a server has to end by itself, and a process once it is told to
+PATIENCE = 1.0  # seconds to list tools again; to end by itself; to end when it is told to
 PIPES: dict[str, Any] = dict.fromkeys(("stdin", "stdout", "stderr"), asyncio.subprocess.PIPE)
-FORGOTTEN = "Session terminated"  # the SDK's word for an HTTP server that was started anew
 
 
 class Server:
@@ -52,7 +50,7 @@ class Server:
         self.failure = ""  # why it does not
         self._task: asyncio.Task[None] | None = None
         self._settled, self._ending = asyncio.Event(), asyncio.Event()
-        self._listed = self._changed = self._paused = -math.inf  # when
+        self._paused = -math.inf  # until when
 
     @property
     def status(self) -> str:
@@ -64,10 +62,15 @@ class Server:
         return "is starting" if self._task else "not started"
 
     async def refresh(self) -> None:
-        """Start the server if it does not run, and list its tools if they may have changed."""
-        session = await self._connected()
-        if self._listed < max(self._changed, time.monotonic() - FRESH):
-            await self._list(session)
+        """Start the server if it does not run, or list its tools again, which may have changed."""
+        if session := self.session:
+            try:
+                async with asyncio.timeout(PATIENCE):  # it may be busy: then the old list counts
+                    await self._list(session)
+            except (MCPError, TimeoutError) as exc:
+                if isinstance(exc, MCPError) and self.session is session:
+                    await self.stop()  # it was started anew, say, and does not know the session
+        await self._connected()
 
     async def call(self, tool: str, arguments: dict[str, Any]) -> Any:
         """Return the CallToolResult of a call. Raises ToolError."""
@@ -79,8 +82,6 @@ class Server:
                 types.CallToolRequest(params=params), types.CallToolResult
             )
         except (MCPError, ValidationError) as exc:
-            if str(exc) == FORGOTTEN:
-                await self.stop()  # the next use begins another session
             raise ToolError(f"{self.name}: {self.failure or reason(exc)}") from exc
 
     async def stop(self) -> None:
@@ -120,11 +121,10 @@ class Server:
                     if ended and not self._settled.is_set():
                         continue
                 break
-        if not (self.failure or self._ending.is_set()):
-            self.failure = f"did not answer within {self.limit:g} seconds"
+        late = f"did not answer within {self.limit:g} seconds"
+        self.fail(self.failure or ("" if self._ending.is_set() else late))
         if not self._settled.is_set():
             self._paused = time.monotonic() + PAUSE
-        self.session = None
         self._settled.set()
         if self.failure:
             fields = {"server": self.name, "error": self.failure}
@@ -132,29 +132,22 @@ class Server:
 
     async def _hold(self, mode: str) -> None:
         streams = http(self.config) if "url" in self.config else stdio(self)
-        async with Client(streams, mode=mode, cache=None, message_handler=self._hear) as client:
+        async with Client(streams, mode=mode, cache=None) as client:
             await self._list(client.session)
             self.session, self.failure, self._scope.deadline = client.session, "", math.inf
             self._settled.set()
-            with suppress(MCPError, RuntimeError):  # before 2026 they tell of changes unasked
-                async with client.listen(tools_list_changed=True):
-                    await self._ending.wait()
             await self._ending.wait()
-
-    async def _hear(self, message: object) -> None:
-        if isinstance(message, types.ToolListChangedNotification):
-            self._changed = time.monotonic()
 
     async def _list(self, session: ClientSession) -> None:
         """Ask for all tools, and keep those that can be offered."""
-        began, cursor, found = time.monotonic(), None, dict[str, Tool | None]()
+        cursor, found = None, dict[str, Tool | None]()
         for _ in range(PAGES):
             page = await session.list_tools(params=types.PaginatedRequestParams(cursor=cursor))
             for tool in page.tools[: TOOLS - len(found)]:
                 found.setdefault(tool.name, offerable(self.config, tool))
             if not (cursor := page.next_cursor):
                 break
-        self._listed, self.tools = began, {name: tool for name, tool in found.items() if tool}
+        self.tools = {name: tool for name, tool in found.items() if tool}
 
 
 @asynccontextmanager
