@@ -49,7 +49,8 @@ class Server:
         self.session: ClientSession | None = None  # while it answers
         self.failure = ""  # why it does not
         self._task: asyncio.Task[None] | None = None
-        self._settled, self._ending = asyncio.Event(), asyncio.Event()
+        self.said = ""  # the last line that it wrote to stderr at its start
+        self.settled, self._ending = asyncio.Event(), asyncio.Event()
         self._paused = -math.inf  # until when
 
     @property
@@ -97,13 +98,14 @@ class Server:
 
     async def _connected(self) -> ClientSession:
         """Return the session, one for all who wait for it. Raises ToolError."""
-        if self._task and self.failure and self._settled.is_set():
+        if self._task and self.failure and self.settled.is_set():
             await asyncio.wait({self._task})  # its process is being ended
         if (not self._task or self._task.done()) and time.monotonic() > self._paused:
-            self.failure, self._settled, self._ending = "", asyncio.Event(), asyncio.Event()
+            self.failure, self.said = "", ""
+            self.settled, self._ending = asyncio.Event(), asyncio.Event()
             self._scope = anyio.CancelScope(deadline=anyio.current_time() + self.limit)
             self._task = asyncio.create_task(self._live())
-        await self._settled.wait()
+        await self.settled.wait()
         if self.session is None:
             raise ToolError(f"{self.name}: {self.failure}")
         return self.session
@@ -118,16 +120,16 @@ class Server:
                 except Exception as exc:  # whatever the SDK raises ends this session, and no more
                     ended = self.failure
                     self.fail(ended or reason(exc))
-                    if ended and not self._settled.is_set():
+                    if ended and not self.settled.is_set():
                         continue
                 break
         late = f"did not answer within {self.limit:g} seconds"
         self.fail(self.failure or ("" if self._ending.is_set() else late))
-        if not self._settled.is_set():
+        if not self.settled.is_set():
             self._paused = time.monotonic() + PAUSE
-        self._settled.set()
+        self.settled.set()
         if self.failure:
-            fields = {"server": self.name, "error": self.failure}
+            fields = {"server": self.name, "error": self.failure, "said": self.said}
             logger.warning("MCP server failed", extra={"fields": fields})
 
     async def _hold(self, mode: str) -> None:
@@ -135,7 +137,7 @@ class Server:
         async with Client(streams, mode=mode, cache=None) as client:
             await self._list(client.session)
             self.session, self.failure, self._scope.deadline = client.session, "", math.inf
-            self._settled.set()
+            self.settled.set()
             await self._ending.wait()
 
     async def _list(self, session: ClientSession) -> None:
@@ -153,14 +155,12 @@ class Server:
 @asynccontextmanager
 async def http(config: Mapping[str, Any]) -> AsyncIterator[Any]:
     """Connect to a server that speaks streamable HTTP."""
-    import httpx2  # a part of the SDK; where that is missing, its name is what the log should say
+    import httpx2  # comes with mcp: where that is missing, an import at the top would hide it
 
     url, timeout = config["url"], httpx2.Timeout(30, read=300)  # a stream may pause
     async with httpx2.AsyncClient(headers=config.get("headers"), timeout=timeout) as client:
-        async with streamable_http_client(
-            url, http_client=client, max_sse_event_size=LARGEST
-        ) as it:
-            yield it
+        async with streamable_http_client(url, http_client=client) as streams:
+            yield streams
 
 
 @asynccontextmanager
@@ -177,9 +177,9 @@ async def stdio(server: Server) -> AsyncIterator[Any]:
     write, outgoing = anyio.create_memory_object_stream[Any](0)
     try:
         async with incoming, read, write, outgoing, anyio.create_task_group() as group:
-            group.start_soon(receive, process, incoming, server)
+            group.start_soon(log, process.stderr, server, silent := anyio.Event())
+            group.start_soon(receive, process, incoming, server, silent)
             group.start_soon(send, process.stdin, outgoing)
-            group.start_soon(log, process.stderr, server.name)
             yield read, write
             group.cancel_scope.cancel()
     finally:
@@ -187,25 +187,27 @@ async def stdio(server: Server) -> AsyncIterator[Any]:
             await end(process)
 
 
-async def receive(process: Any, incoming: Any, server: Server) -> None:
+async def receive(process: Any, incoming: Any, server: Server, silent: anyio.Event) -> None:
     """Hand on each line as a message. Raises ToolError when there will be no more."""
-    lines, since = 0, time.monotonic()
-    try:
+    lines, since, why = 0, time.monotonic(), f"sent more than {LARGEST >> 20} MiB in one message"
+    with suppress(ValueError):  # of readline: more than LARGEST
         while line := await process.stdout.readline():
             now = time.monotonic()
             lines, since = (lines + 1, since) if now < since + 1 else (1, now)
             if lines > FLOOD:
-                raise ValueError(f"sent more than {FLOOD} lines in a second")
+                why = f"sent more than {FLOOD} lines in a second"
+                break
             # Some print what is no message, and some speak on while they are ended.
             with suppress(ValidationError, anyio.BrokenResourceError):
                 message = types.jsonrpc_message_adapter.validate_json(line, by_name=False)
                 await incoming.send(SessionMessage(message))
-        with anyio.move_on_after(PATIENCE):
-            await process.wait()
-        server.fail(f"ended (exit status {process.returncode})")
-    except ValueError as exc:  # of readline: larger than LARGEST
-        server.fail(str(exc))
-    raise ToolError(server.failure)
+        else:
+            with anyio.move_on_after(PATIENCE):
+                await process.wait()
+                await silent.wait()
+            why = f"ended (exit status {process.returncode})"
+    server.fail(why)
+    raise ToolError(why)
 
 
 async def send(stdin: Any, outgoing: Any) -> None:
@@ -216,11 +218,15 @@ async def send(stdin: Any, outgoing: Any) -> None:
             await stdin.drain()
 
 
-async def log(stderr: Any, name: str) -> None:
+async def log(stderr: Any, server: Server, silent: anyio.Event) -> None:
     """Log what a process says on stderr, at debug: it may hold what it was asked."""
     while chunk := await stderr.read(4096):
         for line in chunk.decode(errors="replace").splitlines():
-            logger.debug("MCP server says", extra={"fields": {"server": name, "line": line}})
+            fields = {"server": server.name, "line": line}
+            logger.debug("MCP server says", extra={"fields": fields})
+            if line and not server.settled.is_set():  # it was asked nothing yet
+                server.said = line[:300]
+    silent.set()
 
 
 async def end(process: Any) -> None:

@@ -328,6 +328,18 @@ async def test_a_server_that_cannot_be_used_is_named_and_harms_no_other(
         assert await one.on_tool("good_echo", {"text": "hi"}) == "hi"
 
 
+async def test_the_log_has_the_last_words_of_a_server_that_did_not_start(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    config = {"command": sys.executable, "args": ["-c", "exit('x' * 999 + '\\nno key')"]}
+    async with agent({"bad": config}) as made:
+        with pytest.raises(Abort):
+            await request(made)
+
+    fields = [vars(record)["fields"] for record in caplog.records]
+    assert fields == [{"server": "bad", "error": "ended (exit status 1)", "said": "no key"}]
+
+
 async def test_a_start_that_failed_is_not_tried_again_at_once(starts: Path) -> None:
     async with agent({"raw": raw("mute", starts=str(starts))}, start_timeout=0.5) as made:
         for _ in range(3):
@@ -360,7 +372,7 @@ async def test_a_request_does_not_wait_longer_than_its_hook_may(starts: Path) ->
     ("do", "text"),
     [
         ("lines", "sent more than 2000 lines in a second"),
-        ("endless", "Separator is not found, and chunk exceed the limit"),
+        ("endless", "sent more than 16 MiB in one message"),
     ],
 )
 async def test_a_flood_ends_the_call_and_the_server_alone(do: str, text: str) -> None:
