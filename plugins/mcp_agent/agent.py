@@ -3,7 +3,7 @@
 `/mcp` offers the tools of all servers that the operator has set up, `/mcp:time` those of one:
 every tool costs tokens, and a small context has no room for a hundred. Here is what one request
 offers and calls; `rules.py` reads settings, tools and results, `servers.py` keeps servers running.
-The SDK costs 35 MB of memory, so `servers.py` is imported only where a server is set up.
+The SDK costs 25 MB of memory, so `servers.py` is imported only where a server is set up.
 
 What a server says of its tools, and what they return, is a stranger's text, which the model reads;
 nothing else is done with it. No prompt can name a command, a URL or a variable.

@@ -30,14 +30,14 @@ class ToolError(Exception):
 def check_server(name: str, config: Any) -> None:
     """Raise ValueError for wrong settings of a server, with its name and the key."""
     where = f"servers.{name}"
-    if not isinstance(config, dict) or ("command" in config) == ("url" in config):
-        raise ValueError(f"{where}: must be a table with a command or a url, and not both")
-    for key, value in config.items():
+    for key, value in config.items() if isinstance(config, dict) else ():
         if key not in KEYS:
             raise ValueError(f"{where}: unknown key {key!r}; known are {', '.join(KEYS)}")
         inner = value.values() if isinstance(value, dict) else value
         if not isinstance(value, KEYS[key]) or not all(isinstance(text, str) for text in inner):
             raise ValueError(f"{where}: {key} must be {WORDS[KEYS[key]]}")
+    if not isinstance(config, dict) or ("command" in config) == ("url" in config):
+        raise ValueError(f"{where}: must be a table with a command or a url, and not both")
     if "sse" in (config.get("type"), config.get("transport")):
         raise ValueError(f"{where}: sse is not spoken here; use the url of streamable HTTP")
 

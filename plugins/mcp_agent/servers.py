@@ -177,8 +177,8 @@ async def stdio(server: Server) -> AsyncIterator[Any]:
     write, outgoing = anyio.create_memory_object_stream[Any](0)
     try:
         async with incoming, read, write, outgoing, anyio.create_task_group() as group:
-            group.start_soon(log, process.stderr, server, silent := anyio.Event())
-            group.start_soon(receive, process, incoming, server, silent)
+            group.start_soon(log, process.stderr, server)
+            group.start_soon(receive, process, incoming, server)
             group.start_soon(send, process.stdin, outgoing)
             yield read, write
             group.cancel_scope.cancel()
@@ -187,7 +187,7 @@ async def stdio(server: Server) -> AsyncIterator[Any]:
             await end(process)
 
 
-async def receive(process: Any, incoming: Any, server: Server, silent: anyio.Event) -> None:
+async def receive(process: Any, incoming: Any, server: Server) -> None:
     """Hand on each line as a message. Raises ToolError when there will be no more."""
     lines, since, why = 0, time.monotonic(), f"sent more than {LARGEST >> 20} MiB in one message"
     with suppress(ValueError):  # of readline: more than LARGEST
@@ -204,7 +204,6 @@ async def receive(process: Any, incoming: Any, server: Server, silent: anyio.Eve
         else:
             with anyio.move_on_after(PATIENCE):
                 await process.wait()
-                await silent.wait()
             why = f"ended (exit status {process.returncode})"
     server.fail(why)
     raise ToolError(why)
@@ -218,7 +217,7 @@ async def send(stdin: Any, outgoing: Any) -> None:
             await stdin.drain()
 
 
-async def log(stderr: Any, server: Server, silent: anyio.Event) -> None:
+async def log(stderr: Any, server: Server) -> None:
     """Log what a process says on stderr, at debug: it may hold what it was asked."""
     while chunk := await stderr.read(4096):
         for line in chunk.decode(errors="replace").splitlines():
@@ -226,7 +225,6 @@ async def log(stderr: Any, server: Server, silent: anyio.Event) -> None:
             logger.debug("MCP server says", extra={"fields": fields})
             if line and not server.settled.is_set():  # it was asked nothing yet
                 server.said = line[:300]
-    silent.set()
 
 
 async def end(process: Any) -> None:

@@ -90,6 +90,15 @@ def starts(tmp_path: Path) -> Path:
     return tmp_path / "starts"
 
 
+@pytest.fixture
+async def sdk_url() -> AsyncIterator[str]:
+    """The URL of the SDK's server over HTTP, without the handshake."""
+    from tests.plugins.mcp_servers.sdk import server
+
+    async with demo.serve(server.streamable_http_app()) as url:
+        yield f"{url}/mcp"
+
+
 async def test_without_a_server_it_says_how_to_set_one_up() -> None:
     async with agent({}) as made:
         with pytest.raises(Reply) as reply:
@@ -119,7 +128,7 @@ WRONG: list[tuple[Any, str]] = [
     ("uvx", "servers.a: must be a table with a command or a url, and not both"),
     ({}, "servers.a: must be a table with a command or a url, and not both"),
     ({"command": "a", "url": "b"}, "servers.a: must be a table with a command or a url, and not"),
-    ({"command": "a", "arg": []}, "servers.a: unknown key 'arg'; known are command, cwd, url"),
+    ({"comand": "a"}, "servers.a: unknown key 'comand'; known are command, cwd, url"),
     ({"command": 1}, "servers.a: command must be text"),
     ({"command": "a", "args": "b"}, "servers.a: args must be a list of texts"),
     ({"command": "a", "args": [1]}, "servers.a: args must be a list of texts"),
@@ -239,8 +248,11 @@ async def test_a_server_that_died_is_started_again(starts: Path) -> None:
         assert len(pids(starts)) == 2
 
 
-async def test_a_call_that_is_cancelled_leaves_the_session_to_others() -> None:
-    async with agent({"sdk": SDK, "raw": raw()}) as made:
+@pytest.mark.parametrize("transport", ["stdio", "http"])
+async def test_a_call_that_is_cancelled_leaves_the_session_to_others(
+    transport: str, sdk_url: str
+) -> None:
+    async with agent({"sdk": SDK if transport == "stdio" else {"url": sdk_url}}) as made:
         one = await request(made)
         session = made.servers["sdk"].session
         calls = [asyncio.create_task(one.on_tool("sdk_everything", {})) for _ in range(20)]
@@ -351,12 +363,15 @@ async def test_a_start_that_failed_is_not_tried_again_at_once(starts: Path) -> N
 
 
 async def test_a_server_that_is_busy_is_left_alone(starts: Path) -> None:
-    async with agent({"raw": raw(starts=str(starts))}) as made:
+    async with agent({"raw": raw(starts=str(starts))}, start_timeout=2) as made:
         one = await request(made)
         busy = asyncio.create_task(one.on_tool("raw_echo", {"do": "hang"}))
 
-        assert names(await request(made)) == ["raw_echo"]
+        async with asyncio.timeout(SOON):
+            assert names(await request(made)) == ["raw_echo"]
+        await asyncio.wait({busy}, timeout=1.5)  # longer than a start may take
         assert len(pids(starts)) == 1 and not busy.done()
+        assert made.progress.startswith("raw: answers")
         busy.cancel()
 
 
@@ -430,6 +445,13 @@ async def test_lies_about_names_and_sizes_are_bounded() -> None:
     assert one.tools[1]["description"] == "second"
 
 
+async def test_patterns_of_a_server_are_not_run_over_its_results() -> None:
+    slow = {"type": "object", "required": ["x"], "properties": {"x": {"pattern": "(a+)+$"}}}
+    tool = {"name": "echo", "inputSchema": {"type": "object"}, "outputSchema": slow}
+    async with agent({"raw": raw(tools=[tool])}) as made:
+        assert await (await request(made)).on_tool("raw_echo", {"text": "a"}) == "a"
+
+
 async def test_a_list_that_does_not_end_is_ended() -> None:
     async with agent({"raw": raw("pages")}) as made:
         assert len(names(await request(made))) == 50
@@ -482,15 +504,6 @@ async def test_a_tool_that_failed_raises_its_text() -> None:
             await one.on_tool("sdk_fail", {"text": "no disk"})
         with pytest.raises(ToolError, match="^Error"):
             await one.on_tool("sdk_fail", {"text": 5})
-
-
-@pytest.fixture
-async def sdk_url() -> AsyncIterator[str]:
-    """The URL of the SDK's server over HTTP, without the handshake."""
-    from tests.plugins.mcp_servers.sdk import server
-
-    async with demo.serve(server.streamable_http_app()) as url:
-        yield f"{url}/mcp"
 
 
 async def test_a_server_over_http_gets_the_headers(sdk_url: str) -> None:
