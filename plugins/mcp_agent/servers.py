@@ -244,7 +244,7 @@ def reason(exc: BaseException) -> str:
     while isinstance(exc, BaseExceptionGroup):
         exc = exc.exceptions[0]
     if isinstance(exc, ValidationError):
-        first = exc.errors(include_input=False, include_url=False)[0]
+        first = exc.errors()[0]
         return f"it does not speak MCP: {'.'.join(map(str, first['loc']))}: {first['msg']}"[:300]
     return f"{getattr(exc, 'strerror', None) or exc or type(exc).__name__}"[:300]
 

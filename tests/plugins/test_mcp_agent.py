@@ -329,7 +329,7 @@ async def test_a_server_that_cannot_be_used_is_named_and_harms_no_other(
 ) -> None:
     async with agent({"bad": config, "good": raw()}, start_timeout=1) as made:
         with pytest.raises(Abort) as refused:
-            await request(made, "bad")
+            await request(made, "bad+good")
         with pytest.raises(ToolError):  # where it was not asked for, the chat goes on without it
             await request(made, "bad", asked=False)
         one = await request(made)
@@ -377,7 +377,8 @@ async def test_a_server_that_is_busy_is_left_alone(starts: Path) -> None:
 
 async def test_a_request_does_not_wait_longer_than_its_hook_may(starts: Path) -> None:
     async with agent({"slow": raw("mute"), "good": raw()}) as made:
-        one = await request(made, clock=Clock(1))
+        async with asyncio.timeout(2):
+            one = await request(made, clock=Clock(2))
 
         assert names(one) == ["good_echo"]
         assert made.servers["slow"].status == "is starting"
