@@ -27,6 +27,7 @@ import demo
 from kernel.agent import Abort, Clock, Reply
 from plugins.mcp_agent.agent import MCP
 from plugins.mcp_agent.rules import ToolError
+from testkit import ask
 from tests.integration.conftest import npm_install
 from tests.plugins.context import a_context
 
@@ -186,6 +187,18 @@ async def test_requests_at_once_share_one_start(starts: Path) -> None:
         await asyncio.gather(*(request(made) for _ in range(10)))
 
         assert len(pids(starts)) == 1
+
+
+def test_the_tools_of_a_server_are_called_in_every_dialect() -> None:
+    call = {"name": "raw_echo", "arguments": {"text": "hi"}}
+    answer = ask(
+        ROOT / "plugins/mcp_agent",
+        "/mcp:raw what does it say?",
+        settings={"servers": {"raw": raw()}},
+        model=[call, "It says hi."],
+    )
+
+    assert (answer.text, answer.agents, answer.results) == ("It says hi.", "mcp;ok", ["hi"])
 
 
 ARGUMENTS: list[tuple[str, str, list[str]]] = [
