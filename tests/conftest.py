@@ -10,6 +10,8 @@ import pytest
 import demo
 from tests.support import FakeOllama, House
 
+pytest.register_assert_rewrite("tests.scenarios")
+
 
 @pytest.fixture(scope="session")
 def anyio_backend() -> str:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
+from typing import Any
 
 import anthropic
 import httpx
@@ -12,7 +14,8 @@ import ollama
 import openai
 import pytest
 
-from tests.support import running, write_agent
+from tests.scenarios import OWN, SCENARIOS, SCHEMA, SET, Answer
+from tests.support import CHAT, COMPLETIONS, MESSAGES, RESPONSES, House, running, write_agent
 
 AGENTS = {
     "up": "async def on_response(self, response): return response.upper() + ' END'",
@@ -36,63 +39,123 @@ async def proxied(demo_url: str, plugins: Path) -> AsyncIterator[str]:
         yield str(client.base_url).rstrip("/")
 
 
-async def ask_ollama(url: str, prompt: str, stream: bool) -> str:
-    messages = [{"role": "user", "content": prompt}]
+# Each of these asks once, adds the answer to `history` as its users do, and returns what it was
+# told (see tests/scenarios.py), and what it sends back for calls of its own tool.
+
+FUNCTION = {"name": OWN, "description": "", "parameters": SCHEMA}
+Json = dict[str, Any]
+Told = tuple[Answer, list[Any]]
+
+
+async def ask_ollama(url: str, history: list[Any], stream: bool) -> Told:
+    asked: Json = {"model": "demo", "messages": history}
+    asked["tools"] = [{"type": "function", "function": FUNCTION}]
     async with ollama.AsyncClient(host=url) as client:
-        if not stream:
-            return (await client.chat("demo", messages)).message.content or ""
-        parts = [part async for part in await client.chat("demo", messages, stream=True)]
-    assert [part.done for part in parts].count(True) == 1 and parts[-1].done
-    return "".join(part.message.content or "" for part in parts)
+        if stream:
+            parts = [part async for part in await client.chat(**asked, stream=True)]
+        else:
+            parts = [await client.chat(**asked)]
+    assert [part.done for part in parts].index(True) == len(parts) - 1
+    end, messages = parts[-1], [part.message for part in parts]
+    text = "".join(message.content or "" for message in messages)
+    thinking = "".join(message.thinking or "" for message in messages)
+    calls = [call for message in messages for call in message.tool_calls or []]
+    message = {"role": "assistant", "content": text, "thinking": thinking, "tool_calls": calls}
+    history.append(message)
+    made = [[call.function.name, call.function.arguments] for call in calls]
+    answer = [text, thinking, made, [end.prompt_eval_count, end.eval_count], end.done_reason]
+    return answer, [{"role": "tool", "content": SET, "tool_name": name} for name, _ in made]
 
 
-async def ask_completions(url: str, prompt: str, stream: bool) -> str:
-    asked = {"model": "demo", "messages": [{"role": "user", "content": prompt}]}
+async def ask_completions(url: str, history: list[Any], stream: bool) -> Told:
+    tools = [{"type": "function", "function": FUNCTION | {"strict": True}}]
+    asked: Json = {"model": "demo", "messages": history, "tools": tools}
     async with openai.AsyncOpenAI(base_url=f"{url}/v1", api_key="x") as client:
-        if not stream:
-            whole = await client.chat.completions.create(**asked)  # type: ignore[call-overload]
-            return str(whole.choices[0].message.content)
-        async with client.chat.completions.stream(**asked) as events:  # type: ignore[arg-type]
-            final = await events.get_final_completion()
-    return str(final.choices[0].message.content)
+        if stream:
+            asked["stream_options"] = {"include_usage": True}
+            async with client.chat.completions.stream(**asked) as events:
+                chunks = [event.chunk async for event in events if event.type == "chunk"]
+                final: Any = await events.get_final_completion()
+            ends = [choice.finish_reason for chunk in chunks for choice in chunk.choices]
+            assert [*filter(None, ends)] == ends[-1:]
+        else:
+            final = await client.chat.completions.create(**asked)
+    [choice], message, usage = final.choices, final.choices[0].message, final.usage
+    history.append(message)
+    calls, thinking = message.tool_calls or [], getattr(message, "reasoning", "")
+    made = [[call.function.name, json.loads(call.function.arguments)] for call in calls]
+    counts = [usage.prompt_tokens, usage.completion_tokens]
+    answer = [message.content, thinking, made, counts, choice.finish_reason]
+    return answer, [{"role": "tool", "tool_call_id": call.id, "content": SET} for call in calls]
 
 
-async def ask_responses(url: str, prompt: str, stream: bool) -> str:
+async def ask_responses(url: str, history: list[Any], stream: bool) -> Told:
+    asked: Json = {"model": "demo", "input": history, "tools": [{"type": "function", **FUNCTION}]}
     async with openai.AsyncOpenAI(base_url=f"{url}/v1", api_key="x") as client:
-        if not stream:
-            return (await client.responses.create(model="demo", input=prompt)).output_text
-        async with client.responses.stream(model="demo", input=prompt) as events:
-            deltas = [e.delta async for e in events if e.type == "response.output_text.delta"]
-            final = await events.get_final_response()
-    assert final.output_text == "".join(deltas)
-    return final.output_text
+        if stream:
+            async with client.responses.stream(**asked) as events:
+                seen = [event async for event in events]
+                final: Any = await events.get_final_response()
+            deltas = [e.delta for e in seen if e.type == "response.output_text.delta"]
+            assert "".join(deltas) == final.output_text
+            assert [e.type for e in seen].count("response.completed") == 1
+        else:
+            final = await client.responses.create(**asked)
+    history += final.output
+    thoughts = [item.summary for item in final.output if item.type == "reasoning"]
+    thinking = "".join(part.text for summary in thoughts for part in summary)
+    calls = [item for item in final.output if item.type == "function_call"]
+    made = [[call.name, json.loads(call.arguments)] for call in calls]
+    counts = [final.usage.input_tokens, final.usage.output_tokens]
+    result = {"type": "function_call_output", "output": SET}
+    answer = [final.output_text, thinking, made, counts, final.status]
+    return answer, [result | {"call_id": call.call_id} for call in calls]
 
 
-async def ask_messages(url: str, prompt: str, stream: bool) -> str:
-    asked = {"model": "demo", "max_tokens": 999, "messages": [{"role": "user", "content": prompt}]}
+async def ask_messages(url: str, history: list[Any], stream: bool) -> Told:
+    tools = [{"name": OWN, "description": "", "input_schema": SCHEMA}]
+    asked: Json = {"model": "demo", "max_tokens": 999, "messages": history, "tools": tools}
     async with anthropic.AsyncAnthropic(base_url=url, api_key="x") as client:
-        if not stream:
-            whole = await client.messages.create(**asked)  # type: ignore[call-overload]
-            return str(whole.content[0].text)
-        async with client.messages.stream(**asked) as events:  # type: ignore[arg-type]
-            text = "".join([text async for text in events.text_stream])
-            message = await events.get_final_message()
-    assert [block.text for block in message.content if block.type == "text"] == [text]
-    return text
+        if stream:
+            async with client.messages.stream(**asked) as events:
+                kinds = [event.type async for event in events]
+                final: Any = await events.get_final_message()
+            assert kinds.count("message_start") == kinds.count("message_stop") == 1
+        else:
+            final = await client.messages.create(**asked)
+    history.append({"role": "assistant", "content": final.content})
+    text = "".join(block.text for block in final.content if block.type == "text")
+    thinking = "".join(block.thinking for block in final.content if block.type == "thinking")
+    calls = [block for block in final.content if block.type == "tool_use"]
+    made = [[call.name, call.input] for call in calls]
+    counts = [final.usage.input_tokens, final.usage.output_tokens]
+    results = [{"type": "tool_result", "tool_use_id": call.id, "content": SET} for call in calls]
+    answer = [text, thinking, made, counts, final.stop_reason]
+    return answer, [{"role": "user", "content": results}] if results else []
 
 
-@pytest.mark.parametrize("ask", [ask_ollama, ask_completions, ask_responses, ask_messages])
+LIBRARIES = [
+    (ask_ollama, CHAT, ("stop", "stop")),
+    (ask_completions, COMPLETIONS, ("stop", "tool_calls")),
+    (ask_messages, MESSAGES, ("end_turn", "tool_use")),
+    (ask_responses, RESPONSES, ("completed", "completed")),
+]
+
+
+@pytest.mark.parametrize("ask", [ask for ask, _, _ in LIBRARIES])
 @pytest.mark.parametrize("stream", [False, True])
 async def test_every_library_reads_an_edited_answer_a_reply_and_help(
-    demo_url: str, plugins: Path, ask: object, stream: bool
+    demo_url: str, plugins: Path, ask: Any, stream: bool
 ) -> None:
+    texts = {}
     async with proxied(demo_url, plugins) as url:
-        texts = {name: await ask(url, f"/{name} hi", stream) for name in EXPECTED}  # type: ignore[operator]
-        help_text = await ask(url, "/help says", stream)  # type: ignore[operator]
+        for name, prompt in [*((name, f"/{name} hi") for name in EXPECTED), ("help", "/help says")]:
+            answer, _ = await ask(url, [{"role": "user", "content": prompt}], stream)
+            texts[name] = answer[0]
 
-    assert {name: text[-len(EXPECTED[name]) :] for name, text in texts.items()} == EXPECTED
+    assert texts.pop("help") == "/says: no description"
     assert texts["says"] == texts["spells"] == "one two"
-    assert help_text == "/says: no description"
+    assert {name: text[-len(EXPECTED[name]) :] for name, text in texts.items()} == EXPECTED
 
 
 @pytest.mark.parametrize("path", ["/api/chat", "/v1/chat/completions"])
@@ -108,3 +171,26 @@ async def test_an_error_has_the_form_that_libraries_expect(
     assert answer.headers["retry-after"] == "5"
     assert anthropics.json()["error"] == {"type": "rate_limit_error", "message": "slowly"}
     assert "slowly" in answer.text
+
+
+@pytest.mark.parametrize(("ask", "path", "ends"), LIBRARIES)
+@pytest.mark.parametrize("stream", [True, False])
+@pytest.mark.parametrize("name", SCENARIOS)
+async def test_every_library_reads_an_answer_of_rounds_with_tools(
+    house: House, name: str, ask: Any, path: str, ends: tuple[str, str], stream: bool
+) -> None:
+    async def talk(url: str, prompts: tuple[str, ...]) -> list[Answer]:
+        history, answers = list[Any](), list[Answer]()
+        for prompt in prompts:
+            results: list[Any] = [{"role": "user", "content": prompt}]
+            while results:
+                history += results
+                answer, results = await ask(url, history, stream)
+                answers.append(answer)
+        return answers
+
+    answers = await SCENARIOS[name].play(house, path, stream, talk)
+
+    assert answers == SCENARIOS[name].expected(path, stream, ends)
+    # It drops the ids of calls, in which the proxy's own travel: the model may call again
+    SCENARIOS[name].check(house.ollama, drops_ids=ask is ask_ollama)

@@ -179,6 +179,15 @@ def tokens_read(answer: httpx.Response) -> int:
     return int(whole.get("prompt_eval_count", usage.get("prompt_tokens", 0)))
 
 
+@pytest.fixture(scope="session")
+def packages(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the scripts for Node, and the packages that they import."""
+    folder = tmp_path_factory.mktemp("node")
+    shutil.copytree(HERE / "node", folder, dirs_exist_ok=True)
+    npm_install(folder)
+    return folder
+
+
 def npm_install(folder: Path, *packages: str) -> None:
     """Install packages, or those of package.json; skip the test where that cannot be."""
     if not (shutil.which("node") and (npm := shutil.which("npm"))):

@@ -9,14 +9,13 @@ from __future__ import annotations
 import json
 import os
 import re
-import shutil
 import subprocess
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.integration.conftest import HERE, npm_install
+from tests.integration.conftest import HERE
 
 SCENARIOS = re.findall(r'^  "(.*?)":', (HERE / "node" / "client.mjs").read_text("utf-8"), re.M)
 OWN = {"created", "created_at", "modified_at", "expires_at", "id"}  # beside durations
@@ -26,12 +25,9 @@ Seen = dict[str, dict[str, Any]]
 
 
 @pytest.fixture(scope="session")
-def seen(tmp_path_factory: pytest.TempPathFactory, direct: str, proxied: str) -> tuple[Seen, Seen]:
+def seen(packages: Path, direct: str, proxied: str) -> tuple[Seen, Seen]:
     """What came of the scenarios: directly, and through the proxy."""
-    folder = tmp_path_factory.mktemp("node")
-    shutil.copytree(HERE / "node", folder, dirs_exist_ok=True)
-    npm_install(folder)
-    return run(folder, direct), run(folder, proxied)
+    return run(packages, direct), run(packages, proxied)
 
 
 def run(folder: Path, url: str) -> Seen:
