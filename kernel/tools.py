@@ -162,9 +162,18 @@ def decoded(text: str) -> list[tuple[ToolCall, str | None]]:
     try:
         data = base64.urlsafe_b64decode(text + "=" * (-len(text) % 4))
         calls = loads(zlib.decompressobj().decompress(data, 16 * MOST))
-        return [(ToolCall(str(name), str(text)), result) for name, text, result in calls]
+        told = [
+            (str(name), str(values), None if r is None else str(r)) for name, values, r in calls
+        ]
+        return [(named(name, values), result) for name, values, result in told]
     except (ValueError, TypeError, RecursionError, zlib.error):
         return []
+
+
+def named(name: str, arguments: str) -> ToolCall:
+    """Return a call whose id is the same each time, so that Ollama's prompt cache keeps hitting."""
+    number = zlib.crc32(f"{name} {arguments}".encode(errors="replace"))
+    return ToolCall(name, arguments, f"call_{number:08x}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -200,7 +209,7 @@ class Consent:
         if not hmac.compare_digest(found[3], self._code(user, found[2])):
             return Shown(rest, [])
         lines = [line.split(" ", 2) for line in found[2].split("\n")]
-        return Shown(rest, [(agent, ToolCall(name, text)) for agent, name, text in lines])
+        return Shown(rest, [(agent, named(name, values)) for agent, name, values in lines])
 
     def _code(self, user: str, lines: str) -> str:
         data = f"{user}\0{lines}".encode(errors="surrogatepass")

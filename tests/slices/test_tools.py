@@ -8,6 +8,8 @@ from __future__ import annotations
 import json
 import logging
 import re
+import zlib
+from base64 import urlsafe_b64encode
 from collections.abc import Sequence
 from typing import Any
 
@@ -400,7 +402,15 @@ async def test_calls_that_came_back_are_made_once_and_old_ones_never(house: Hous
     assert results(house) == ["found"]
 
 
-@pytest.mark.parametrize("data", ["", "x", "eJw", "A" * 99, "eJyLjgUAARUAuQ"])
+def packed(value: Any) -> str:
+    return urlsafe_b64encode(zlib.compress(json.dumps(value).encode())).decode().rstrip("=")
+
+
+STRANGE = [7, [7], [["add"]], [["\ud800", "\ud800", None]], {"a": 1}]
+PACKED = ["", "x", "eJw", "A" * 99, "eJyLjgUAARUAuQ", *map(packed, STRANGE)]
+
+
+@pytest.mark.parametrize("data", PACKED)
 async def test_what_an_id_carries_may_be_anything(house: House, data: str) -> None:
     house.write("all", TOOLS)
     call = ToolCall("theirs", "{}", f"call_1_osp_{data}")
@@ -408,7 +418,7 @@ async def test_what_an_id_carries_may_be_anything(house: House, data: str) -> No
 
     answer = await say(house, CHAT, "/all go", calling(CHAT, "Done."), history=step)
 
-    assert said(answer.content) == "Done." and results(house) == ["found"]
+    assert said(answer.content) == "Done." and results(house)[0] == "found"
 
 
 @pytest.mark.parametrize("path", PATHS)
