@@ -153,7 +153,7 @@ async def test_a_copy_below_another_repository_runs_on_its_own(vendored: Path) -
             health = (await client.get("/health")).json()
             listed = (await client.get("/plugins")).json()["plugins"]
 
-    shipped = ["cache", "rag", "redact", "remember", "summarize", "time", "translate"]
+    shipped = "cache calc files mcp rag redact remember summarize time translate".split()
     assert health["agents"] == shipped
     assert listed[0]["folder"] == str(vendored / "plugins" / "audit_agent")
     assert (vendored / "data").exists()
