@@ -56,7 +56,8 @@ from kernel.registry import PluginRegistry
 from kernel.reload import Reloader
 from kernel.server import SETTINGS, Paths, Server, check_loop, listen, url_of
 from kernel.tools import Consent
-from slices import chat, embeddings, generate, health, metrics, passthrough, plugins, tags
+from kernel.traces import Traces
+from slices import chat, embeddings, generate, health, metrics, passthrough, plugins, tags, traces
 
 logger = logging.getLogger("osp")
 
@@ -76,11 +77,12 @@ def create_app(
     """Return the proxy as an ASGI application. Raises ConfigError.
 
     `loopback` says that only this machine can connect; `write` writes the line of each request.
-    To remove a slice, or the metrics, the presets or the access rules, delete their lines here.
+    To remove a slice, or the metrics, traces, presets or access rules, delete their lines here.
     """
     client = OllamaClient(parse_upstream(config.upstream.url), config.upstream.connect_timeout)
     registry = registry or create_registry(config, {})
     collector = Metrics()
+    kept = Traces(config.page, client)
     presets = Presets(config.presets, config.server.data)
     limit = config.server.max_body
     guards = Guards(registry, limit, presets=presets)
@@ -97,6 +99,7 @@ def create_app(
         *health.routes(client, registry),
         *plugins.routes(registry, metrics=collector),
         *metrics.routes(collector),
+        *traces.routes(kept, client),
     ]
     routes = [
         *chats(client, registry, config.chain, config.commands, consent),
@@ -108,7 +111,9 @@ def create_app(
     rest = passthrough.endpoint(client, guards)
     app: ASGIApp = Paths(routes, default=rest, redirect_slashes=False, lifespan=lifespan)
     app = Access(app, config.access, loopback, [route.path for route in own])
-    return log.AccessLog(app, [route.path for route in routes], write, metrics=collector)
+    app = kept.layer(app)
+    paths = [route.path for route in routes]
+    return log.AccessLog(app, paths, write, metrics=collector, ended=kept.ended)
 
 
 async def announce(client: OllamaClient, registry: PluginRegistry, prefix: str) -> None:

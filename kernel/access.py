@@ -50,6 +50,7 @@ class Access:
         self.access = access
         self.loopback = loopback
         self.own = frozenset(own)
+        self.below = tuple(path.partition("{")[0] for path in own if "{" in path)
         self.names = {"", "localhost", socket.gethostname().lower()}
         self.names.update(map(str.lower, access.hosts))
         # Only * is a wildcard; fnmatch would read [::1] as a character class.
@@ -68,7 +69,7 @@ class Access:
 
     def check(self, scope: Scope, known: RequestInfo) -> None:
         """Raise NotAllowed, with no text where Ollama's answer has no body."""
-        own = scope["path"] in self.own
+        own = scope["path"] in self.own or scope["path"].startswith(self.below)
         if self.loopback or own:
             self.check_host(known.host, own)
         for origin in known.origins:
@@ -119,6 +120,13 @@ class Access:
             raise NotAllowed(text, status=401)
         known.user = hashlib.sha256(hits[0]).hexdigest()[:16]
         known.headers = [pair for pair in known.headers if pair[0] not in SECRETS]
+
+
+def is_operator(scope: Scope) -> bool:
+    """Tell whether a request has a key or, as no key is needed, comes from this machine."""
+    host = scope["client"][0] if scope["client"] else ""
+    mine = host == "::1" or host.removeprefix("::ffff:").startswith("127.")
+    return mine or bool(info(scope).user)
 
 
 @lru_cache(maxsize=100)

@@ -137,6 +137,12 @@ class LogConfig:
 
 
 @dataclass(frozen=True, slots=True)
+class PageConfig:
+    requests: Annotated[int, "1 to 10000", lambda number: 0 < number <= 10000] = 200  # kept
+    bodies: bool = False  # keep texts of requests and answers, too: in memory, cut
+
+
+@dataclass(frozen=True, slots=True)
 class Preset:
     """A model that Ollama is asked to make: it stands in every client's list of models."""
 
@@ -155,6 +161,7 @@ class Config:
     chain: ChainConfig = field(default_factory=ChainConfig)
     access: AccessConfig = field(default_factory=AccessConfig)
     log: LogConfig = field(default_factory=LogConfig)
+    page: PageConfig = field(default_factory=PageConfig)
     presets: Mapping[str, Preset] = field(default_factory=dict)  # [presets."NAME"]
     agents: Settings = field(default_factory=dict)  # [agents.NAME] mirrors config.json
 

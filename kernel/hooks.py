@@ -26,6 +26,7 @@ from kernel.agent import BaseAgent, Clock, Reply, Tool
 from kernel.dialects.calls import Result
 from kernel.errors import Aborted, PluginExecutionError
 from kernel.foreign import diagnosis, meaning, plain, safe_text
+from kernel.log import RequestInfo
 from kernel.metrics import Metrics
 from kernel.plugin import Plugin
 
@@ -37,6 +38,7 @@ Accept = Callable[[Any], T]
 BLINK = 0.01  # seconds: while the clock is paused, how often it is looked at
 # From Python 3.12 on the first step runs at once: a hook that never waits costs no task switch.
 EAGER: dict[str, Any] = {"eager_start": True} if sys.version_info >= (3, 12) else {}
+SLOW = ("on_request", "on_response")  # hooks that are a phase of the request
 NO_REPLY = "raised Reply: only on_request may, and not joined by & (type a space instead)"
 
 
@@ -139,6 +141,7 @@ class Run(HookRunner):
     agent: BaseAgent  # this request's own instance
     limit: float  # seconds for each hook
     metrics: Metrics
+    known: RequestInfo
     asked: bool = False  # for by the client; else the agent is always on
     joined: bool = False  # runs at the same time as the one before it
     outcome: str = ""  # ok, error, timeout, reply, abort, unread; "": it never ran
@@ -159,6 +162,8 @@ class Run(HookRunner):
         Raises Reply with a text or an async iterator of texts, PluginExecutionError where the chain
         goes on without the agent, and Aborted where the request ends.
         """
+        if hook in SLOW:
+            self.known.enter(f"agent {self.plugin.name}")
         began = time.perf_counter()
         self.outcome = self.outcome or "ok"
         owner = self if hook == "reply" else self.agent  # a reply's pieces come like hooks' results
@@ -196,6 +201,7 @@ class Run(HookRunner):
 
     async def use(self, tool: str, arguments: dict[str, Any]) -> Result:
         """Return what a tool returns, or how it failed. Raises Aborted."""
+        self.known.enter(f"tool {self.plugin.name}: {tool}")
         began, outcome = time.perf_counter(), "ok"
         self.outcome = self.outcome or "ok"
         fields = {"agent": self.plugin.name, "tool": tool, "request_id": self.context.request_id}
@@ -214,6 +220,7 @@ class Run(HookRunner):
         seconds = time.perf_counter() - began
         self.seconds += seconds
         self.metrics.tool(self.plugin.name, tool, outcome, seconds)
+        self.known.tools += ((self.plugin.name, tool, outcome, seconds),)
         fields |= {"outcome": outcome, "ms": round(seconds * 1000)}
         logger.info("tool called", extra={"fields": fields})
         return result

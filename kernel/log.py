@@ -17,7 +17,7 @@ import time
 from asyncio import CancelledError
 from collections.abc import Awaitable, Callable, Collection, Mapping
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import count
 from json.encoder import encode_basestring_ascii
 from typing import Any
@@ -25,7 +25,7 @@ from typing import Any
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from kernel.errors import BrokenAnswer, ClientDisconnected
-from kernel.metrics import Metrics
+from kernel.metrics import Metrics, Tokens
 
 logger = logging.getLogger(__name__)
 
@@ -53,8 +53,21 @@ HOP_BY_HOP = frozenset(
 DROPPED = HOP_BY_HOP | {b"expect", b"host"}
 SECRETS = (b"authorization", b"x-api-key")
 NOTED = frozenset(
-    b"host origin connection x-request-id x-osp-agents access-control-request-method".split()
+    b"host origin connection user-agent x-request-id x-osp-agents"
+    b" access-control-request-method".split()
 ).union(SECRETS)
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """What one agent's request hook made of the payload; sizes are bytes."""
+
+    agent: str
+    outcome: str
+    seconds: float
+    sizes: tuple[int, int]  # before and after
+    before: bytes = b""  # where texts are kept
+    after: bytes = b""
 
 
 @dataclass(slots=True)
@@ -72,6 +85,37 @@ class RequestInfo:
     relayed: bool = False  # the answer is Ollama's: no CORS headers of ours, and its tokens count
     headers: Headers = field(default_factory=list)  # end to end, without Host: they go upstream
     noted: dict[bytes, list[bytes]] = field(default_factory=dict)  # values of those in NOTED
+    # What traces show; times are those of time.perf_counter
+    phases: list[tuple[str, float]] = field(default_factory=list)  # each with its beginning
+    seconds: float = 0.0  # 0: it runs
+    first: float = 0.0  # seconds until the answer began
+    tokens: Tokens = Tokens()
+    answered: Headers = field(default_factory=list)  # headers of the answer
+    pieces: int = 0  # lines of the answer that were sent
+    steps: tuple[Step, ...] = ()  # what request hooks did
+    tools: tuple[tuple[str, str, str, float], ...] = ()  # agent, tool, outcome, seconds
+    hints: tuple[str, ...] = ()
+    room: int = 0  # bytes of texts that may still be kept
+    refused: bool = False  # by a guard: no text is kept
+
+    def enter(self, phase: str) -> None:
+        self.phases.append((phase, time.perf_counter()))
+
+    def hint(self, text: str) -> None:
+        """Say why something did not happen that somebody may have wanted."""
+        self.hints += (text,)
+        logger.info("hint", extra={"fields": {"request_id": self.request_id, "hint": text}})
+
+    def kept(self, text: bytes) -> bytes:
+        """Return what of a text may be kept."""
+        text = text[: self.room]
+        self.room -= len(text)
+        return text
+
+    def forget(self) -> None:
+        """Keep no text of this request."""
+        self.room, self.refused = 0, True
+        self.steps = tuple(replace(step, before=b"", after=b"") for step in self.steps)
 
     def read(self, headers: Headers) -> None:
         """Sort the request's headers."""
@@ -121,10 +165,16 @@ class AccessLog:
     """
 
     def __init__(
-        self, app: ASGIApp, routes: Collection[str], write: Write, metrics: Metrics | None = None
+        self,
+        app: ASGIApp,
+        routes: Collection[str],
+        write: Write,
+        metrics: Metrics | None = None,
+        ended: Callable[[RequestInfo], None] = lambda known: None,
     ) -> None:
         self.app = app
         self.write = write
+        self.ended = ended
         self.metrics = metrics or Metrics()
         self.routes = frozenset(routes)
         self.starts = {route.partition("{")[0]: route for route in routes if "{" in route}
@@ -136,16 +186,19 @@ class AccessLog:
             return await self.app(scope, receive, send)
         known = scope["osp"] = RequestInfo(f"{self._prefix}-{next(self._count)}")
         known.read(scope["headers"])
-        began, first = time.perf_counter(), 0.0
+        known.enter("reading")
+        began = known.phases[0][1]
         head, tail = b"", b""
 
         def observed(message: Message) -> Awaitable[None]:
-            nonlocal first, head, tail
+            nonlocal head, tail
             if message["type"] == "http.response.start":
-                first = time.perf_counter() - began
+                known.enter("streaming")
+                known.first = known.phases[-1][1] - began
                 known.status = message["status"]
-                message["headers"] = answer_headers(known, message["headers"])
+                known.answered = message["headers"] = answer_headers(known, message["headers"])
             elif known.relayed and (body := message.get("body")):
+                known.pieces += body.count(b"\n")
                 head = head or body[:TAIL]
                 tail = body if len(body) >= TAIL else (tail + body)[-TAIL:]
             return send(message)
@@ -158,12 +211,14 @@ class AccessLog:
             if not isinstance(exc, ClientDisconnected):
                 raise
         finally:
-            seconds = time.perf_counter() - began
-            self.metrics.request(self.route(scope["path"]), known.status, seconds, first or seconds)
+            seconds = known.seconds = time.perf_counter() - began
+            route, first = self.route(scope["path"]), known.first or seconds
+            self.metrics.request(route, known.status, seconds, first)
             if known.relayed and 200 <= known.status < 300:
-                self.metrics.tokens(head, tail)
+                known.tokens = self.metrics.tokens(head, tail)
             if logger.isEnabledFor(logging.INFO):
                 self.write(fields_of(scope, known, seconds))
+            self.ended(known)
 
     def route(self, path: str) -> str:
         if path in self.routes:

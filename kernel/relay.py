@@ -15,12 +15,20 @@ from starlette.types import Receive, Scope, Send
 from kernel import dialects
 from kernel.client import OllamaClient
 from kernel.connection import FRAMING, Answer, Body, Headers
-from kernel.errors import BrokenAnswer, ClientDisconnected, OSPError, UpstreamError
+from kernel.errors import (
+    Aborted,
+    BrokenAnswer,
+    ClientDisconnected,
+    NotAllowed,
+    OSPError,
+    UpstreamError,
+)
 from kernel.log import HOP_BY_HOP, info
 
 Extra = Sequence[tuple[bytes, bytes]]  # headers of the proxy's own
 
 LENGTH = FRAMING[0]
+WAITING = "waiting for the model"  # a phase of a request
 
 
 async def forward(
@@ -39,6 +47,7 @@ async def forward(
         if upload.expects_continue:
             headers = [*headers, (b"expect", b"100-continue")]
     target = target_of(scope)
+    info(scope).enter(WAITING)
     async with aclosing(await client.forward(scope["method"], target, headers, body)) as answer:
         await relay(answer, scope, send)
 
@@ -167,5 +176,7 @@ async def refuse(scope: Scope, send: Send, exc: OSPError, extra: Extra = ()) -> 
     """Send an error in the dialect of the path."""
     if isinstance(exc, UpstreamError):
         info(scope).outcome = "upstream_failed"
+    if isinstance(exc, NotAllowed | Aborted):
+        info(scope).forget()
     content_type, body = dialects.error(scope["path"], exc.status, str(exc))
     await respond(scope, send, exc.status, [(b"content-type", content_type), *extra], body)

@@ -68,7 +68,7 @@ from kernel.dialects.every import DIALECTS
 from kernel.editor import Editor, FrameSplitter, Stage
 from kernel.guards import NO_TEXT, is_loading
 from kernel.hooks import Run, wrong
-from kernel.log import info
+from kernel.log import RequestInfo, Step, info
 from kernel.metrics import Metrics
 from kernel.plugin import Plugin
 from kernel.presets import Presets
@@ -81,6 +81,8 @@ logger = logging.getLogger(__name__)
 AGENTS = b"x-osp-agents"
 REPLACED = (b"content-length", b"accept-encoding")  # they no longer fit when the body has changed
 ALONE = "agents joined by & may only add system messages, and text before the prompt"
+FOREIGN = "no agent takes part in what a page of another origin asks; see access.origins"
+UNREAD = "no agent takes part: the body is too long, or not plain JSON; see server.max_body"
 PAUSE = 0.2  # seconds behind its head after which a stream's own head does not wait for a frame
 LONGEST = 300  # characters that /explain shows of a value without text: an image, say
 T = TypeVar("T")
@@ -155,6 +157,7 @@ class Chat:
             body = await relay.Upload.of(scope, receive).read(self.max_body)
         request, payload = self.parse(body, strict=guarded)
         if payload is None:
+            info(scope).hint(FOREIGN if info(scope).foreign else UNREAD)
             self.registry.check_guards(None)
             return None
         model = info(scope).model = request["model"]
@@ -166,7 +169,7 @@ class Chat:
         header = self.spelled("X-OSP-Agents", info(scope).commands)
         standing = self.spelled(f"the preset {model}", preset.agents) if preset else []
         always = self.registry.always(self.presets.names(model))
-        if not (header or standing or always or guarded or self.is_typed(payload)):
+        if not (header or standing or always or guarded or self.is_typed(payload, scope)):
             return None
         request, payload = self.parse(body, strict=True)
         if payload is None:
@@ -202,15 +205,14 @@ class Chat:
             raise errors.BadRequest(f"{source}: {rest!r} is no known agent; known are: {names}")
         return commands
 
-    def is_typed(self, payload: Payload) -> bool:
+    def is_typed(self, payload: Payload, scope: Scope) -> bool:
         """Tell whether a command leads a text of the user; log a near miss."""
         text = ""
         for text in user_texts(payload):
             if self.typed.split(text)[1] != text:
                 return True
         if near := self.typed.near(text):
-            fields = {"hint": f"did you mean {self.typed.prefix}{near}?"}
-            logger.info("no command", extra={"fields": fields})
+            info(scope).hint(f"did you mean {self.typed.prefix}{near}?")
         return False
 
     def check_guards(self, request: Payload) -> None:
@@ -339,6 +341,7 @@ class Chat:
         headers = relay.request_headers(turn.scope, self.client)
         headers = [pair for pair in headers if pair[0] not in REPLACED]
         headers.append((b"accept-encoding", b"identity"))
+        info(turn.scope).enter(relay.WAITING)
         return await self.client.forward("POST", relay.target_of(turn.scope), headers, body)
 
     async def prepare(self, turn: Turn) -> None:
@@ -351,6 +354,7 @@ class Chat:
             trace += [(run, b"", b"") for run in turn.runs if run.outcome == "reply"]
             for run in turn.runs:  # an agent whose request hook has not run edits nothing
                 run.due = run.due and (run.outcome == "ok" or not run.has("on_request"))
+        info(turn.scope).steps += tuple(step_of(info(turn.scope), *each) for each in trace)
         if turn.explain:
             answer = None if turn.reply is None else await said(turn.reply)
             turn.say(await asyncio.to_thread(explanation, trace, turn, answer))
@@ -488,6 +492,7 @@ class Chat:
                 done += await editor.release()
                 await flush()
                 raise errors.BrokenAnswer(str(exc)) from exc
+            info(turn.scope).forget()
             error = dialects.error_object(turn.scope["path"], exc.status, str(exc))
             done.append(self.dialect.encode_error(error))  # the status is long gone
         if not started:
@@ -614,7 +619,7 @@ class Turn:
         before = self.runs[-1].plugin if self.runs else plugin
         together = command.together if command and before not in always else ()
         joined = before.name in together and not (agent.innermost or agent.last)
-        run = Run(plugin, agent, limit, chat.metrics, command is not None, joined)
+        run = Run(plugin, agent, limit, chat.metrics, known, command is not None, joined)
         self.runs.append(run)
 
     def offer(self, body: bytes) -> bytes:
@@ -818,6 +823,13 @@ async def gathered(work: Iterable[Coroutine[Any, Any, T]]) -> list[T]:
     finally:
         for task in tasks:
             task.cancel()
+
+
+def step_of(known: RequestInfo, run: Run, before: bytes, after: bytes) -> Step:
+    sizes = len(before), len(after)
+    return Step(
+        run.plugin.name, run.outcome, run.seconds, sizes, known.kept(before), known.kept(after)
+    )
 
 
 def groups(runs: Sequence[Run]) -> list[list[Run]]:

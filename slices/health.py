@@ -8,12 +8,13 @@ from __future__ import annotations
 from functools import partial
 
 from starlette.requests import Request
-from starlette.responses import JSONResponse
+from starlette.responses import Response
 from starlette.routing import Route
 
 from kernel.client import OllamaClient
 from kernel.errors import UpstreamError
 from kernel.plugin import loaded
+from kernel.readable import answer
 from kernel.registry import PluginRegistry
 
 
@@ -21,10 +22,10 @@ def routes(client: OllamaClient, registry: PluginRegistry) -> list[Route]:
     return [Route("/health", partial(health, client, registry), methods=["GET"], name="health")]
 
 
-async def health(client: OllamaClient, registry: PluginRegistry, request: Request) -> JSONResponse:
+async def health(client: OllamaClient, registry: PluginRegistry, request: Request) -> Response:
     """Return status, upstream (url, and version or error) and agents."""
     if "live" in request.query_params:
-        return JSONResponse({"status": "ok"})
+        return answer(request, {"status": "ok"})
     upstream = {"url": client.upstream.url}
     try:
         upstream["version"] = await client.version()
@@ -32,4 +33,4 @@ async def health(client: OllamaClient, registry: PluginRegistry, request: Reques
         upstream["error"] = str(exc)
     status, code = ("error", 503) if "error" in upstream else ("ok", 200)
     body = {"status": status, "upstream": upstream, "agents": loaded(registry.plugins)}
-    return JSONResponse(body, code)
+    return answer(request, body, code)

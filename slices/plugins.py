@@ -12,13 +12,12 @@ from typing import Any
 from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
-from starlette.types import Scope
 
-from kernel.dialects import dumps
+from kernel.access import is_operator
 from kernel.foreign import safe_text
-from kernel.log import info
 from kernel.metrics import Metrics
 from kernel.plugin import Plugin
+from kernel.readable import answer
 from kernel.registry import PluginRegistry
 
 CONFIG = ("arguments", "always", "priority", "models", "on_error", "exempt")  # keys that are shown
@@ -31,15 +30,7 @@ def routes(registry: PluginRegistry, *, metrics: Metrics | None = None) -> list[
 async def plugins(registry: PluginRegistry, metrics: Metrics | None, request: Request) -> Response:
     operator = is_operator(request.scope)
     listed = [about(name, p, metrics, operator) for name, p in registry.plugins.items()]
-    body = dumps({"plugins": listed})  # also escapes what UTF-8 cannot say, in a folder's name
-    return Response(body, media_type="application/json")
-
-
-def is_operator(scope: Scope) -> bool:
-    """Tell whether a request has a key or, as no key is needed, comes from this machine."""
-    host = scope["client"][0] if scope["client"] else ""
-    mine = host == "::1" or host.removeprefix("::ffff:").startswith("127.")
-    return mine or bool(info(scope).user)
+    return answer(request, {"plugins": listed})
 
 
 def about(name: str, plugin: Plugin, metrics: Metrics | None, operator: bool) -> dict[str, Any]:

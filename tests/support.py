@@ -169,6 +169,7 @@ class FakeOllama:
     script: list[tuple[Any, ...]] = field(default_factory=list)  # of requests that come in turn
     statuses: list[int] = field(default_factory=list)  # of their answers; then 200
     may_say: bool = True  # no test has said what it answers
+    memory: dict[str, Any] = field(default_factory=lambda: {"models": []})  # of /api/ps
 
     def answers(
         self,
@@ -209,6 +210,9 @@ class FakeOllama:
         own = all(name != b"user-agent" for name, _ in scope["headers"])
         if own and scope["path"] in ("/api/version", "/api/tags"):  # the proxy asks at its start
             return await JSONResponse({"version": "0.0.0", "models": []})(scope, receive, send)
+        if own and scope["path"] == "/api/ps":  # it wants to know the size of contexts
+            self.asked.append(Asked("GET", scope["path"], [], b""))
+            return await JSONResponse(self.memory)(scope, receive, send)
         await self.remember(scope, receive)
         answer = asyncio.create_task(self.answer(send))
         leaving = asyncio.ensure_future(receive())

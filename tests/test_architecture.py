@@ -274,8 +274,14 @@ PROBES: dict[str, tuple[str, str, Any]] = {
     "passthrough": ("GET", "/api/version", None),
     "plugins": ("GET", "/plugins", None),
     "tags": ("GET", "/api/tags", None),
+    "traces": ("GET", "/traces", None),
 }
-PARTS = {"Access": (), "Metrics": ("metrics",), "Presets": ()}  # with the slices that need them
+PARTS = {
+    "Access": (),
+    "Metrics": ("metrics",),
+    "Presets": (),
+    "Traces": ("traces",),
+}  # with the slices that need them
 ASK = """
 import asyncio, json, sys
 import httpx, demo, osp

@@ -17,6 +17,7 @@ import pytest
 from kernel.agent import Abort, BaseAgent, Reply
 from kernel.errors import Aborted, PluginExecutionError
 from kernel.hooks import HookRunner, Run, text_only
+from kernel.log import RequestInfo
 from kernel.metrics import Metrics
 from kernel.plugin import AgentConfig, Plugin
 
@@ -28,7 +29,7 @@ def run_of(hook: Any, limit: float = 5, **config: Any) -> Run:
     agent: BaseAgent = type("It", (BaseAgent,), {"on_request": hook})()
     vars(agent)["context"] = SimpleNamespace(request_id="r1")
     plugin = Plugin("it", Path(__file__).parent, AgentConfig(**config), hooks=("on_request",))
-    return Run(plugin, agent, limit, Metrics())
+    return Run(plugin, agent, limit, Metrics(), RequestInfo("x"))
 
 
 async def called(run: Run) -> Any:

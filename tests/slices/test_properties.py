@@ -15,6 +15,7 @@ from kernel.agent import BaseAgent, map_texts, texts
 from kernel.dialects import dumps
 from kernel.editor import Editor, FrameSplitter, Stage
 from kernel.hooks import Run
+from kernel.log import RequestInfo
 from kernel.metrics import Metrics
 from kernel.plugin import Plugin
 from tests.support import BY_PATH, PATHS, RESPONSES, frames, said
@@ -117,4 +118,4 @@ async def edited(path: str, agents: list[BaseAgent], data: bytes, places: list[i
 def run_of(agent: BaseAgent) -> Run:
     vars(agent)["context"] = SimpleNamespace(request_id="r", finish="")
     hooks = tuple(vars(type(agent)))
-    return Run(Plugin("a", Path(), agent=agent, hooks=hooks), agent, 5, Metrics())
+    return Run(Plugin("a", Path(), agent=agent, hooks=hooks), agent, 5, Metrics(), RequestInfo("x"))

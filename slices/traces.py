@@ -1,0 +1,137 @@
+"""Traces: GET /traces, what runs and what the latest requests did, and one of them, whole.
+
+Texts are kept only with `page.bodies = true`. They are for those who have a key and, where none is
+needed, for this machine. `POST /traces/ID/stop` ends a request that runs.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from typing import Any
+
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.routing import Route
+from starlette.types import Receive, Scope, Send
+
+from kernel import relay
+from kernel.access import is_operator
+from kernel.client import OllamaClient
+from kernel.dialects import dumps
+from kernel.errors import UpstreamError
+from kernel.models import canonical
+from kernel.readable import answer
+from kernel.traces import Traces, about, whole
+
+FILTERS = ("model", "agent", "user", "status", "since")
+TICK = 1.0  # seconds between two events of the stream
+Shown = dict[str, Any]
+
+
+def routes(traces: Traces, client: OllamaClient) -> list[Route]:
+    endpoint = Endpoint(traces, client)
+    return [
+        Route("/traces", endpoint.latest, methods=["GET"], name="traces"),
+        Route("/traces/stream", Stream(endpoint), methods=["GET"], name="traces-stream"),
+        Route("/traces/{id}", endpoint.one, methods=["GET"], name="trace"),
+        Route("/traces/{id}/stop", endpoint.stop, methods=["POST"], name="trace-stop"),
+    ]
+
+
+@dataclass(frozen=True, slots=True)
+class Endpoint:
+    traces: Traces
+    client: OllamaClient
+
+    async def latest(self, request: Request) -> Response:
+        """Return running and finished requests, the newest first; the filters are ANDed."""
+        asked = request.query_params
+        unknown = [key for key in asked if key not in FILTERS]
+        if unknown:
+            text = f"unknown filter {unknown[0]!r}; known are {', '.join(FILTERS)}"
+            return answer(request, {"error": text}, 400)
+        finished = [about(trace) for trace in reversed(self.traces.latest)]
+        running = await self.running()
+        body: Shown = {"now": time.time(), "bodies": self.traces.config.bodies}
+        body |= {"running": [each for each in running if fits(each, asked)]}
+        body |= {"finished": [each for each in finished if fits(each, asked)]}
+        return answer(request, body)
+
+    async def running(self) -> list[Shown]:
+        """Return what runs; where the model is not in memory, a request waits for that."""
+        shown = [about(trace) for trace in self.traces.running.values()]
+        waiting = [each for each in shown if each["phase"] == relay.WAITING and each["model"]]
+        if waiting:
+            loaded = await self.loaded()
+            for each in waiting:
+                if loaded is not None and canonical(each["model"]) not in loaded:
+                    each["phase"] = "loading the model"
+        return shown
+
+    async def loaded(self) -> set[str] | None:
+        """Return the models in Ollama's memory; None: it does not say."""
+        try:
+            async with asyncio.timeout(TICK):
+                listed = (await self.client.ask("/api/ps"))["models"]
+            return {canonical(model["model"]) for model in listed}
+        except (UpstreamError, TimeoutError, LookupError, TypeError):
+            return None
+
+    async def one(self, request: Request) -> Response:
+        trace = self.traces.find(request.path_params["id"])
+        if trace is None:
+            return answer(request, {"error": "there is no such request any more"}, 404)
+        return answer(request, whole(trace, texts=is_operator(request.scope)))
+
+    async def stop(self, request: Request) -> Response:
+        name = request.path_params["id"]
+        if self.traces.stop(name):
+            return answer(request, {"stopped": name})
+        return answer(request, {"error": "there is no such request that runs"}, 404)
+
+
+@dataclass(frozen=True, slots=True)
+class Stream:
+    """GET /traces/stream: an event for each second, with what runs and what has ended since."""
+
+    endpoint: Endpoint
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        headers = [(b"content-type", b"text/event-stream"), (b"cache-control", b"no-cache")]
+        await relay.start(send, 200, headers)
+        since = time.time()
+        while True:
+            now, traces = time.time(), self.endpoint.traces
+            ended = [each for each in reversed(traces.latest) if each.ended >= since]
+            body: Shown = {"now": now, "running": await self.endpoint.running()}
+            body |= {"finished": [*map(about, ended)]}
+            since = now
+            await relay.send_chunk(send, b"data: " + dumps(body) + b"\n\n")
+            await asyncio.sleep(TICK)
+
+
+def fits(shown: Shown, asked: Any) -> bool:
+    """Tell whether a trace is one of those that are asked for; names may have a *."""
+    agents = [agent["name"] for agent in shown["agents"]]
+    tests = {
+        "model": [shown["model"], shown["model"].removesuffix(":latest")],
+        "agent": agents,
+        "user": [shown["user"]],
+        "status": [str(shown["status"]), f"{shown['status'] // 100}xx", shown["outcome"]],
+    }
+    names = all(
+        any(fnmatchcase(value.lower(), asked[key].lower()) for value in values)
+        for key, values in tests.items()
+        if key in asked
+    )
+    return names and shown["time"] >= number(asked.get("since", "0"))
+
+
+def number(text: str) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        return 0.0
