@@ -110,8 +110,9 @@ def create_app(
     ]
     rest = passthrough.endpoint(client, guards)
     app: ASGIApp = Paths(routes, default=rest, redirect_slashes=False, lifespan=lifespan)
-    app = Access(app, config.access, loopback, [route.path for route in own])
-    app = kept.layer(app)
+    ours = [route.path for route in own]
+    app = Access(app, config.access, loopback, ours)
+    app = kept.layer(app, ours)
     paths = [route.path for route in routes]
     return log.AccessLog(app, paths, write, metrics=collector, ended=kept.ended)
 

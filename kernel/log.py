@@ -53,7 +53,7 @@ HOP_BY_HOP = frozenset(
 DROPPED = HOP_BY_HOP | {b"expect", b"host"}
 SECRETS = (b"authorization", b"x-api-key")
 NOTED = frozenset(
-    b"host origin connection user-agent x-request-id x-osp-agents"
+    b"host origin connection user-agent x-request-id x-osp-agents x-osp-quiet"
     b" access-control-request-method".split()
 ).union(SECRETS)
 

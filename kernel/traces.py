@@ -12,7 +12,7 @@ import logging
 import shlex
 import time
 from collections import deque
-from collections.abc import Awaitable, Iterator
+from collections.abc import Awaitable, Collection, Iterator
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
@@ -65,13 +65,20 @@ class Traces:
         self._contexts: dict[str, int] = {}  # of models that were seen in memory
         self._checks: set[asyncio.Task[None]] = set()
 
-    def layer(self, app: ASGIApp) -> ASGIApp:
-        """Return an app that does what `app` does, and keeps traces of it."""
+    def layer(self, app: ASGIApp, own: Collection[str]) -> ASGIApp:
+        """Return an app that does what `app` does, and keeps traces of it.
+
+        Not of the paths that are the proxy's `own`, nor of what its page looks up for itself (a GET
+        with the header X-OSP-Quiet): they would push out what somebody wants to see.
+        """
+        exact, below = frozenset(own), tuple(p.partition("{")[0] for p in own if "{" in p)
 
         async def traced(scope: Scope, receive: Receive, send: Send) -> None:
-            if scope["type"] != "http":
+            if scope["type"] != "http" or scope["path"] in exact or scope["path"].startswith(below):
                 return await app(scope, receive, send)
             known = info(scope)
+            if b"x-osp-quiet" in known.noted and scope["method"] == "GET":
+                return await app(scope, receive, send)
             trace = Trace(known, scope, asyncio.current_task(), time.time())
             self.running[id(known)] = trace
             if self._share:

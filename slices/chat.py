@@ -429,6 +429,7 @@ class Chat:
                 turn.withdraw()
             turn.payload = await run_again(turn)
             answer = await self.request(turn)
+            info(turn.scope).enter("streaming")
             if answer.status != 200:
                 text = (await upstream.whole(answer))[:500].decode(errors="replace")
                 raise errors.Aborted(f"Ollama answered {answer.status}: {text}", answer.status)
