@@ -112,9 +112,8 @@ def create_app(
     app: ASGIApp = Paths(routes, default=rest, redirect_slashes=False, lifespan=lifespan)
     ours = [route.path for route in own]
     app = Access(app, config.access, loopback, ours)
-    app = kept.layer(app, ours)
     paths = [route.path for route in routes]
-    return log.AccessLog(app, paths, write, metrics=collector, ended=kept.ended)
+    return log.AccessLog(app, paths, write, metrics=collector, traces=kept.without(ours))
 
 
 async def announce(client: OllamaClient, registry: PluginRegistry, prefix: str) -> None:

@@ -14,13 +14,13 @@ import os
 import re
 import sys
 import time
-from asyncio import CancelledError
+from asyncio import CancelledError, Task
 from collections.abc import Awaitable, Callable, Collection, Mapping
 from contextlib import suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from itertools import count
 from json.encoder import encode_basestring_ascii
-from typing import Any
+from typing import Any, Protocol
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -70,33 +70,43 @@ class Step:
     after: bytes = b""
 
 
-@dataclass(slots=True)
 class RequestInfo:
-    """One request, in `scope["osp"]`: its headers in one pass, and what became of it."""
+    """One request, in `scope["osp"]`: its headers in one pass, and what became of it.
 
-    request_id: str
-    status: int = 0  # 0: the client left before an answer
-    outcome: str = "ok"
-    model: str = ""
-    agents: str = ""  # the text of X-OSP-Agents of the answer
-    user: str = ""  # who sent the key: a digest of it
-    foreign: bool = False  # sent by a web page that Ollama would refuse: no agent takes part
-    cors: Headers = field(default_factory=list)  # for answers of our own
-    relayed: bool = False  # the answer is Ollama's: no CORS headers of ours, and its tokens count
-    headers: Headers = field(default_factory=list)  # end to end, without Host: they go upstream
-    noted: dict[bytes, list[bytes]] = field(default_factory=dict)  # values of those in NOTED
-    # What traces show; times are those of time.perf_counter
-    phases: list[tuple[str, float]] = field(default_factory=list)  # each with its beginning
-    seconds: float = 0.0  # 0: it runs
-    first: float = 0.0  # seconds until the answer began
-    tokens: Tokens = Tokens()
-    answered: Headers = field(default_factory=list)  # headers of the answer
-    pieces: int = 0  # lines of the answer that were sent
+    Most of it stays at its default, which costs nothing here: each request has one of these.
+    """
+
+    method = path = ""
+    status = 0  # 0: the client left before an answer
+    outcome = "ok"
+    model = ""
+    agents = ""  # the text of X-OSP-Agents of the answer
+    user = ""  # who sent the key: a digest of it
+    foreign = False  # sent by a web page that Ollama would refuse: no agent takes part
+    cors: Headers = []  # for answers of our own
+    relayed = False  # the answer is Ollama's: no CORS headers of ours, and its tokens count
+    # What traces show
+    task: Task[Any] | None = None  # while it runs and can be stopped
+    stopping = False
+    began = ended = 0.0  # in seconds since 1970
+    seconds = 0.0  # 0: it runs
+    first = 0.0  # seconds until the answer began
+    tokens = Tokens()
+    answered: Headers = []  # headers of the answer
+    pieces = 0  # lines of the answer that were sent
+    full = False  # the prompt filled the model's context
     steps: tuple[Step, ...] = ()  # what request hooks did
     tools: tuple[tuple[str, str, str, float], ...] = ()  # agent, tool, outcome, seconds
     hints: tuple[str, ...] = ()
-    room: int = 0  # bytes of texts that may still be kept
-    refused: bool = False  # by a guard: no text is kept
+    room = 0  # bytes of texts that may still be kept
+    refused = False  # by a guard: no text is kept
+    request = answer = b""  # texts that are kept
+
+    def __init__(self, request_id: str) -> None:
+        self.request_id = request_id
+        self.headers: Headers = []  # end to end, without Host: they go upstream
+        self.noted: dict[bytes, list[bytes]] = {}  # values of those in NOTED
+        self.phases: list[tuple[str, float]] = []  # each with its time.perf_counter
 
     def enter(self, phase: str) -> None:
         self.phases.append((phase, time.perf_counter()))
@@ -115,6 +125,7 @@ class RequestInfo:
     def forget(self) -> None:
         """Keep no text of this request."""
         self.room, self.refused = 0, True
+        self.request = self.answer = b""
         self.steps = tuple(replace(step, before=b"", after=b"") for step in self.steps)
 
     def read(self, headers: Headers) -> None:
@@ -157,6 +168,16 @@ def record(fields: Fields) -> None:
     logger.info("request", extra={"fields": fields})
 
 
+class Tracing(Protocol):
+    """What keeps the requests, if anything does."""
+
+    def begin(self, known: RequestInfo, receive: Receive, send: Send) -> tuple[Receive, Send]: ...
+
+    async def stop(self, known: RequestInfo, scope: Scope, send: Send) -> None: ...
+
+    def end(self, known: RequestInfo) -> None: ...
+
+
 class AccessLog:
     """Log and count every request; metrics name the paths in `routes`, all else is `other`.
 
@@ -170,11 +191,11 @@ class AccessLog:
         routes: Collection[str],
         write: Write,
         metrics: Metrics | None = None,
-        ended: Callable[[RequestInfo], None] = lambda known: None,
+        traces: Tracing | None = None,
     ) -> None:
         self.app = app
         self.write = write
-        self.ended = ended
+        self.traces = traces
         self.metrics = metrics or Metrics()
         self.routes = frozenset(routes)
         self.starts = {route.partition("{")[0]: route for route in routes if "{" in route}
@@ -185,6 +206,7 @@ class AccessLog:
         if scope["type"] != "http":
             return await self.app(scope, receive, send)
         known = scope["osp"] = RequestInfo(f"{self._prefix}-{next(self._count)}")
+        known.method, known.path = scope["method"], scope["path"]
         known.read(scope["headers"])
         known.enter("reading")
         began = known.phases[0][1]
@@ -203,12 +225,16 @@ class AccessLog:
                 tail = body if len(body) >= TAIL else (tail + body)[-TAIL:]
             return send(message)
 
+        if self.traces:
+            receive, send = self.traces.begin(known, receive, send)
         try:
             await self.app(scope, receive, observed)
         except BaseException as exc:
-            stopped = STOPPED in exc.args
+            stopped = STOPPED in exc.args or known.stopping
             known.outcome = "stopped" if stopped else OUTCOMES.get(type(exc), "failed")
-            if not isinstance(exc, ClientDisconnected):
+            if self.traces and known.stopping and isinstance(exc, CancelledError):
+                await self.traces.stop(known, scope, observed)
+            elif not isinstance(exc, ClientDisconnected):
                 raise
         finally:
             seconds = known.seconds = time.perf_counter() - began
@@ -217,8 +243,9 @@ class AccessLog:
             if known.relayed and 200 <= known.status < 300:
                 known.tokens = self.metrics.tokens(head, tail)
             if logger.isEnabledFor(logging.INFO):
-                self.write(fields_of(scope, known, seconds))
-            self.ended(known)
+                self.write(fields_of(known, seconds))
+            if self.traces:
+                self.traces.end(known)
 
     def route(self, path: str) -> str:
         if path in self.routes:
@@ -237,11 +264,11 @@ def answer_headers(known: RequestInfo, headers: Headers) -> Headers:
     return [*headers, *cors, (b"x-request-id", known.request_id.encode())]
 
 
-def fields_of(scope: Scope, known: RequestInfo, seconds: float) -> dict[str, Any]:
+def fields_of(known: RequestInfo, seconds: float) -> dict[str, Any]:
     fields = {
         "request_id": known.request_id,
-        "method": scope["method"],
-        "path": scope["path"][:LONGEST],
+        "method": known.method,
+        "path": known.path[:LONGEST],
         "status": known.status,
         "ms": round(seconds * 1000, 1),
         "outcome": known.outcome,

@@ -2,7 +2,7 @@
 
 What is known of a request stands in its `RequestInfo`; here it is kept for a while. Texts are kept
 only if the operator wants them: cut, so that all together are bounded, and never of a request that
-a guard refused. `Traces` is an ASGI layer inside of the log, which can stop what runs.
+a guard refused. A request that runs can be stopped.
 """
 
 from __future__ import annotations
@@ -13,18 +13,17 @@ import shlex
 import time
 from collections import deque
 from collections.abc import Awaitable, Collection, Iterator
-from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any
+from typing import Any, Self
 
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from starlette.types import Message, Receive, Scope, Send
 
 from kernel import dialects, relay
 from kernel.client import OllamaClient
 from kernel.config import PageConfig
 from kernel.dialects.every import DIALECTS
 from kernel.errors import BrokenAnswer, Stopped, UpstreamError
-from kernel.log import RequestInfo, info
+from kernel.log import SECRETS, RequestInfo
 from kernel.models import canonical
 
 logger = logging.getLogger(__name__)
@@ -33,147 +32,131 @@ TEXTS = 2**22  # bytes of all texts together
 CUT = 200  # characters of a path, a model's name or a User-Agent
 STREAMS = (b"application/x-ndjson", b"text/event-stream")
 BY_PATH = {dialect.path: dialect for dialect in DIALECTS}
-KEPT = (b"user-agent", b"host")  # headers
+LOOK = 5.0  # seconds: at most so often Ollama is asked for the sizes of contexts
+UNKNOWN = 2**62
 FULL = "the prompt filled the model's whole context, and its beginning was cut off"
 CURE = "a preset with options = { num_ctx = ... } makes it larger"
 
 
-@dataclass(slots=True, eq=False)
-class Trace:
-    """One request: what is known of it, and its texts."""
-
-    known: RequestInfo
-    scope: Scope
-    task: asyncio.Task[Any] | None  # while it runs
-    time: float  # of its start, in seconds since 1970
-    ended: float = 0.0
-    stopping: bool = False
-    full: bool = False
-    request: bytes = b""
-    answer: bytes = b""
-
-
 class Traces:
-    """Keeps a trace of each request that goes through its `layer`."""
+    """Keeps what is known of the latest requests, and of those that run."""
 
     def __init__(self, config: PageConfig, client: OllamaClient) -> None:
         self.config = config
         self._client = client
+        self._own: frozenset[str] = frozenset()
+        self._below: tuple[str, ...] = ()
         self._share = TEXTS // config.requests if config.bodies else 0  # of one request
-        self.running: dict[int, Trace] = {}
-        self.latest: deque[Trace] = deque(maxlen=config.requests)  # the newest last
-        self._contexts: dict[str, int] = {}  # of models that were seen in memory
-        self._checks: set[asyncio.Task[None]] = set()
+        self.running: dict[int, RequestInfo] = {}
+        self.latest: deque[RequestInfo] = deque(maxlen=config.requests)  # the newest last
+        self._contexts: dict[str, int] = {}  # of the model that was looked at last: its size
+        self._next_look = 0.0
+        self._looks: set[asyncio.Task[None]] = set()
 
-    def layer(self, app: ASGIApp, own: Collection[str]) -> ASGIApp:
-        """Return an app that does what `app` does, and keeps traces of it.
+    def without(self, own: Collection[str]) -> Self:
+        """Keep nothing of requests to the proxy's own paths; return the same object."""
+        self._own = frozenset(own)
+        self._below = tuple(path.partition("{")[0] for path in own if "{" in path)
+        return self
 
-        Not of the paths that are the proxy's `own`, nor of what its page looks up for itself (a GET
-        with the header X-OSP-Quiet): they would push out what somebody wants to see.
+    def begin(self, known: RequestInfo, receive: Receive, send: Send) -> tuple[Receive, Send]:
+        """Note that a request runs; return what keeps its texts while they come.
+
+        What the page looks up for itself (a GET with the header X-OSP-Quiet) would push out what
+        somebody wants to see.
         """
-        exact, below = frozenset(own), tuple(p.partition("{")[0] for p in own if "{" in p)
-
-        async def traced(scope: Scope, receive: Receive, send: Send) -> None:
-            if scope["type"] != "http" or scope["path"] in exact or scope["path"].startswith(below):
-                return await app(scope, receive, send)
-            known = info(scope)
-            if b"x-osp-quiet" in known.noted and scope["method"] == "GET":
-                return await app(scope, receive, send)
-            trace = Trace(known, scope, asyncio.current_task(), time.time())
-            self.running[id(known)] = trace
-            if self._share:
-                receive, send = self._keeping(trace, receive, send)
-            try:
-                await app(scope, receive, send)
-            except asyncio.CancelledError:
-                if not (trace.stopping and trace.task):
-                    raise
-                trace.task.uncancel()
-                await self._end(trace, send)
-
-        return traced
-
-    def _keeping(self, trace: Trace, receive: Receive, send: Send) -> tuple[Receive, Send]:
-        """Return both with texts kept that go through them."""
-        known, known.room = trace.known, self._share
+        own = known.path in self._own or known.path.startswith(self._below)
+        if own or (b"x-osp-quiet" in known.noted and known.method == "GET"):
+            return receive, send
+        self.running[id(known)] = known
+        known.task, known.began = asyncio.current_task(), time.time()
+        if not self._share:
+            return receive, send
+        known.room = self._share
 
         async def received() -> Message:
             message = await receive()
-            trace.request += known.kept(message.get("body", b""))
+            known.request += known.kept(message.get("body", b""))
             return message
 
         def sent(message: Message) -> Awaitable[None]:
-            trace.answer += known.kept(message.get("body", b""))
+            known.answer += known.kept(message.get("body", b""))
             return send(message)
 
         return received, sent
 
-    def find(self, request_id: str) -> Trace | None:
-        """Return a trace, the latest of that id."""
+    def find(self, request_id: str) -> RequestInfo | None:
+        """Return a request, the latest of that id."""
         traces = [*self.running.values(), *reversed(self.latest)]
-        return next((each for each in traces if each.known.request_id == request_id), None)
+        return next((each for each in traces if each.request_id == request_id), None)
 
-    def stop(self, request_id: str) -> bool:
+    def cancel(self, request_id: str) -> bool:
         """Stop a request as if its client had left; tell whether it runs."""
-        for trace in self.running.values():
-            if trace.known.request_id == request_id and trace.task:
-                trace.stopping = True
-                return trace.task.cancel()
-        return False
+        known = self.find(request_id)
+        if known is None or known.task is None:
+            return False
+        known.stopping = True
+        return known.task.cancel()
 
-    async def _end(self, trace: Trace, send: Send) -> None:
+    async def stop(self, known: RequestInfo, scope: Scope, send: Send) -> None:
         """Tell the client that its request was stopped: never as if the answer were complete."""
-        stopped, path = Stopped("stopped at the proxy"), trace.scope["path"]
-        if not trace.known.status:
-            return await relay.refuse(trace.scope, send, stopped)
-        if dict(trace.known.answered).get(b"content-type") in STREAMS:
-            error = dialects.error_object(path, stopped.status, str(stopped))
-            await relay.send_chunk(send, BY_PATH.get(path, DIALECTS[0]).encode_error(error))
+        if known.task:
+            known.task.uncancel()
+        stopped = Stopped("stopped at the proxy")
+        if not known.status:
+            await relay.refuse(scope, send, stopped)
+            known.outcome = "stopped"
+            return
+        if dict(known.answered).get(b"content-type") in STREAMS:
+            error = dialects.error_object(known.path, stopped.status, str(stopped))
+            await relay.send_chunk(send, BY_PATH.get(known.path, DIALECTS[0]).encode_error(error))
         raise BrokenAnswer(str(stopped))
 
-    def ended(self, known: RequestInfo) -> None:
+    def end(self, known: RequestInfo) -> None:
         """Take a request from those that run to the latest."""
-        trace = self.running.pop(id(known), None)
-        if trace is None:
+        if self.running.pop(id(known), None) is None:
             return
-        trace.task, known.headers, known.answered = None, [], []
-        trace.ended = time.time()
-        trace.scope = {key: trace.scope[key] for key in ("method", "path")}
-        known.noted = {name: known.noted[name] for name in KEPT if name in known.noted}
-        known.outcome = "stopped" if trace.stopping else known.outcome
-        if known.refused:
-            trace.request = trace.answer = b""
-        self.latest.append(trace)
+        known.task, known.ended = None, time.time()
+        known.headers, known.answered = [], []
+        for name in SECRETS:
+            known.noted.pop(name, None)
+        self.latest.append(known)
         prompt = known.tokens.prompt
-        if prompt and prompt >= self._contexts.get(canonical(known.model), 1):
-            task = asyncio.create_task(self._check(trace))
-            self._checks.add(task)
-            task.add_done_callback(self._checks.discard)
+        if prompt and prompt >= self._contexts.get(known.model, 1):
+            if time.monotonic() < self._next_look:
+                return self._mark(known)
+            self._next_look = time.monotonic() + LOOK
+            task = asyncio.create_task(self._look(known))
+            self._looks.add(task)
+            task.add_done_callback(self._looks.discard)
 
-    async def _check(self, trace: Trace) -> None:
-        """Mark a trace, and warn, if the prompt filled the model's whole context."""
-        known = trace.known
+    async def _look(self, known: RequestInfo) -> None:
+        """Ask how large the contexts of the models in memory are."""
         try:
             listed = (await self._client.ask("/api/ps"))["models"]
             lengths = {canonical(m["model"]): int(m["context_length"]) for m in listed}
         except (UpstreamError, LookupError, TypeError, ValueError):  # an older Ollama
             return
-        self._contexts = lengths
-        if known.tokens.prompt >= lengths.get(canonical(known.model), 2**62):
-            trace.full = True
+        self._contexts = {known.model: lengths.get(canonical(known.model), UNKNOWN)}
+        self._mark(known)
+
+    def _mark(self, known: RequestInfo) -> None:
+        """Mark a request, and warn, if the prompt filled the model's whole context."""
+        if known.tokens.prompt >= self._contexts.get(known.model, UNKNOWN):
+            known.full = True
             fields = {"request_id": known.request_id, "model": known.model[:CUT]}
             fields |= {"tokens": str(known.tokens.prompt), "cure": CURE}
             logger.warning(FULL, extra={"fields": fields})
 
 
-def about(trace: Trace) -> dict[str, Any]:
+def about(known: RequestInfo) -> dict[str, Any]:
     """Return what a trace tells without its texts; times are milliseconds, but for `time`."""
-    known, scope, now = trace.known, trace.scope, time.perf_counter()
+    now = time.perf_counter()
     began = known.phases[0][1]
     seconds = known.seconds or now - began
     prompt, answer, lasted = known.tokens
     lasted = lasted or (seconds - known.first if known.first else 0)
-    dialect = BY_PATH.get(scope["path"])
+    dialect = BY_PATH.get(known.path)
     agents = [part.split(";") for part in known.agents.split(", ") if part]
     tools = [
         {"agent": agent, "tool": tool, "outcome": outcome, "ms": ms(spent)}
@@ -181,9 +164,9 @@ def about(trace: Trace) -> dict[str, Any]:
     ]
     return {
         "id": known.request_id,
-        "time": round(trace.time, 3),
-        "method": scope["method"][:CUT],
-        "path": scope["path"][:CUT],
+        "time": round(known.began, 3),
+        "method": known.method[:CUT],
+        "path": known.path[:CUT],
         "dialect": dialect.name if dialect else "",
         "model": known.model[:CUT],
         "user": known.user,
@@ -201,8 +184,8 @@ def about(trace: Trace) -> dict[str, Any]:
         "answer_tokens": answer,
         "tokens_per_second": round(answer / lasted, 1) if answer and lasted > 0 else 0,
         "pieces": known.pieces,
-        "hints": [*known.hints, *([f"{FULL}; {CURE}"] if trace.full else [])],
-        "full": trace.full,
+        "hints": [*known.hints, *([f"{FULL}; {CURE}"] if known.full else [])],
+        "full": known.full,
     }
 
 
@@ -215,9 +198,9 @@ def ms(seconds: float) -> float:
     return round(seconds * 1000, 1)
 
 
-def whole(trace: Trace, *, texts: bool) -> dict[str, Any]:
+def whole(known: RequestInfo, *, texts: bool) -> dict[str, Any]:
     """Return all that a trace tells; `texts` says that who asks may read them."""
-    known, kept = trace.known, texts and bool(trace.request)
+    kept = texts and bool(known.request)
     steps = []
     for step in known.steps:
         entry: dict[str, Any] = {"agent": step.agent, "outcome": step.outcome}
@@ -225,19 +208,19 @@ def whole(trace: Trace, *, texts: bool) -> dict[str, Any]:
         if kept:
             entry |= {"before_text": text(step.before), "after_text": text(step.after)}
         steps.append(entry)
-    more = {"request": text(trace.request), "answer": text(trace.answer)} if kept else {}
-    return about(trace) | {"steps": steps, "curl": curl(trace, texts=kept)} | more
+    more = {"request": text(known.request), "answer": text(known.answer)} if kept else {}
+    return about(known) | {"steps": steps, "curl": curl(known, texts=kept)} | more
 
 
 def text(data: bytes) -> str:
     return data.decode(errors="replace")
 
 
-def curl(trace: Trace, *, texts: bool) -> str:
+def curl(known: RequestInfo, *, texts: bool) -> str:
     """Return the line for a shell that repeats a request."""
-    host = b"".join(trace.known.noted.get(b"host", ())).decode("latin-1") or "localhost:11435"
-    words = ["curl", f"http://{host}{trace.scope['path']}"]
-    if trace.scope["method"] != "GET":
-        words += ["-X", trace.scope["method"]] if trace.scope["method"] != "POST" else []
-        words += ["-d", text(trace.request) if texts else "@body.json"]
+    host = b"".join(known.noted.get(b"host", ())).decode("latin-1") or "localhost:11435"
+    words = ["curl", f"http://{host}{known.path}"]
+    if known.method != "GET":
+        words += ["-X", known.method] if known.method != "POST" else []
+        words += ["-d", text(known.request) if texts else "@body.json"]
     return shlex.join(words)

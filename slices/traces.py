@@ -88,7 +88,7 @@ class Endpoint:
 
     async def stop(self, request: Request) -> Response:
         name = request.path_params["id"]
-        if self.traces.stop(name):
+        if self.traces.cancel(name):
             return answer(request, {"stopped": name})
         return answer(request, {"error": "there is no such request that runs"}, 404)
 
