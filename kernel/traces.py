@@ -13,7 +13,6 @@ import shlex
 import time
 from collections import deque
 from collections.abc import Awaitable, Collection, Iterator
-from itertools import pairwise
 from typing import Any, Self
 
 from starlette.types import Message, Receive, Scope, Send
@@ -23,7 +22,7 @@ from kernel.client import OllamaClient
 from kernel.config import PageConfig
 from kernel.dialects.every import DIALECTS
 from kernel.errors import BrokenAnswer, Stopped, UpstreamError
-from kernel.log import SECRETS, RequestInfo
+from kernel.log import Headers, RequestInfo
 from kernel.models import canonical
 
 logger = logging.getLogger(__name__)
@@ -34,6 +33,7 @@ STREAMS = (b"application/x-ndjson", b"text/event-stream")
 BY_PATH = {dialect.path: dialect for dialect in DIALECTS}
 LOOK = 5.0  # seconds: at most so often Ollama is asked for the sizes of contexts
 UNKNOWN = 2**62
+NONE: Headers = []
 FULL = "the prompt filled the model's whole context, and its beginning was cut off"
 CURE = "a preset with options = { num_ctx = ... } makes it larger"
 
@@ -104,9 +104,7 @@ class Traces:
             known.task.uncancel()
         stopped = Stopped("stopped at the proxy")
         if not known.status:
-            await relay.refuse(scope, send, stopped)
-            known.outcome = "stopped"
-            return
+            return await relay.refuse(scope, send, stopped)
         if dict(known.answered).get(b"content-type") in STREAMS:
             error = dialects.error_object(known.path, stopped.status, str(stopped))
             await relay.send_chunk(send, BY_PATH.get(known.path, DIALECTS[0]).encode_error(error))
@@ -117,9 +115,9 @@ class Traces:
         if self.running.pop(id(known), None) is None:
             return
         known.task, known.ended = None, time.time()
-        known.headers, known.answered = [], []
-        for name in SECRETS:
-            known.noted.pop(name, None)
+        known.client, known.asked = client_of(known)
+        known.headers = known.answered = NONE
+        known.noted = {}
         self.latest.append(known)
         prompt = known.tokens.prompt
         if prompt and prompt >= self._contexts.get(known.model, 1):
@@ -149,10 +147,16 @@ class Traces:
             logger.warning(FULL, extra={"fields": fields})
 
 
+def client_of(known: RequestInfo) -> tuple[bytes, bytes]:
+    """Return the User-Agent and the Host of a request."""
+    agent, host = known.noted.get(b"user-agent"), known.noted.get(b"host")
+    return (agent[0][:CUT] if agent else known.client), (host[0][:CUT] if host else known.asked)
+
+
 def about(known: RequestInfo) -> dict[str, Any]:
     """Return what a trace tells without its texts; times are milliseconds, but for `time`."""
     now = time.perf_counter()
-    began = known.phases[0][1]
+    began = known.phases[1]
     seconds = known.seconds or now - began
     prompt, answer, lasted = known.tokens
     lasted = lasted or (seconds - known.first if known.first else 0)
@@ -170,8 +174,8 @@ def about(known: RequestInfo) -> dict[str, Any]:
         "dialect": dialect.name if dialect else "",
         "model": known.model[:CUT],
         "user": known.user,
-        "client": b"".join(known.noted.get(b"user-agent", ()))[:CUT].decode("latin-1"),
-        "phase": "done" if known.seconds else known.phases[-1][0],
+        "client": client_of(known)[0].decode("latin-1"),
+        "phase": "done" if known.seconds else known.phases[-2],
         "status": known.status,
         "outcome": known.outcome if known.seconds else "",
         "ms": ms(seconds),
@@ -190,8 +194,9 @@ def about(known: RequestInfo) -> dict[str, Any]:
 
 
 def phases_of(known: RequestInfo, end: float) -> Iterator[dict[str, Any]]:
-    for (name, began), (_, ended) in pairwise([*known.phases, ("", end)]):
-        yield {"name": name, "ms": ms(ended - began)}
+    began = known.phases[1::2]
+    for name, start, stop in zip(known.phases[::2], began, [*began[1:], end], strict=True):
+        yield {"name": name, "ms": ms(stop - start)}
 
 
 def ms(seconds: float) -> float:
@@ -218,7 +223,7 @@ def text(data: bytes) -> str:
 
 def curl(known: RequestInfo, *, texts: bool) -> str:
     """Return the line for a shell that repeats a request."""
-    host = b"".join(known.noted.get(b"host", ())).decode("latin-1") or "localhost:11435"
+    host = client_of(known)[1].decode("latin-1") or "localhost:11435"
     words = ["curl", f"http://{host}{known.path}"]
     if known.method != "GET":
         words += ["-X", known.method] if known.method != "POST" else []
