@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -176,3 +177,15 @@ def test_ollama_takes_what_the_proxy_writes_after_a_call(
 
     assert answer.status_code == 200, answer.text
     assert outcomes(answer) == "calc;ok" and said(answer.content)
+
+
+def test_a_prompt_that_fills_the_models_context_is_marked(http: httpx.Client, proxied: str) -> None:
+    chat = body("the old dog was at the door " * 60, stream=False)
+    chat["options"] = {"num_ctx": 64, "num_predict": 2}
+    http.post(f"{proxied}/api/chat", json=chat).raise_for_status()
+
+    end = time.monotonic() + 10
+    while not (trace := http.get(f"{proxied}/traces").json()["finished"][0])["full"]:
+        assert time.monotonic() < end, trace
+
+    assert trace["prompt_tokens"] == 64 and "num_ctx" in trace["hints"][0]
