@@ -214,6 +214,8 @@ class Ollama:
             said = [("system", model["$system"]), *said]
         words, tool, reason = compose(body, said, model["$parameters"])
         values = values_of(body, said, words, tool) | {"$reason": "unload" if unload else reason}
+        spent = 2_000_000 + int(len(words) * self.pace * 1e9)  # nanoseconds
+        values |= {"$lasted": spent, "$took": spent + 2_000_000}
         values["$stop_reason"] = self.shapes["stop_reasons"].get(reason, "stop_sequence")
         shapes = self.shapes[path]
         shape = shapes["tool" if tool else "text" if words else "none"]
@@ -311,8 +313,7 @@ def read(path: str, body: Json) -> Said:
     if items and system:
         items = [{"role": "system", "content": system}, *items]
     glue = "" if path in BLOCKS else " "
-    said = [turn for item in items for turn in turns(lowered(item), glue)]
-    return [(role, text) for role, text in said if text or glue]
+    return [turn for item in items for turn in turns(lowered(item), glue) if turn[1] or glue]
 
 
 def turns(message: Json, glue: str) -> Said:

