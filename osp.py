@@ -57,7 +57,18 @@ from kernel.reload import Reloader
 from kernel.server import SETTINGS, Paths, Server, check_loop, listen, url_of
 from kernel.tools import Consent
 from kernel.traces import Traces
-from slices import chat, embeddings, generate, health, metrics, passthrough, plugins, tags, traces
+from slices import (
+    chat,
+    embeddings,
+    generate,
+    health,
+    metrics,
+    page,
+    passthrough,
+    plugins,
+    tags,
+    traces,
+)
 
 logger = logging.getLogger("osp")
 
@@ -100,6 +111,7 @@ def create_app(
         *plugins.routes(registry, metrics=collector),
         *metrics.routes(collector),
         *traces.routes(kept, client),
+        *page.routes(kept, config.commands.prefix, keys=bool(config.access.keys)),
     ]
     routes = [
         *chats(client, registry, config.chain, config.commands, consent),
@@ -111,7 +123,7 @@ def create_app(
     rest = passthrough.endpoint(client, guards)
     app: ASGIApp = Paths(routes, default=rest, redirect_slashes=False, lifespan=lifespan)
     ours = [route.path for route in own]
-    app = Access(app, config.access, loopback, ours)
+    app = Access(app, config.access, loopback, ours, keyless=page.KEYLESS)
     paths = [route.path for route in routes]
     return log.AccessLog(app, paths, write, metrics=collector, traces=kept.without(ours))
 

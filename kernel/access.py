@@ -40,16 +40,23 @@ SPLIT = re.compile(r"\[([^\[\]]*)\]:[^:\[\]]*|([^:\[\]]*):[^:\[\]]*")
 class Access:
     """Refuse what may not come in. `own` are the paths that the proxy answers itself.
 
-    `loopback` says that only this machine can connect.
+    `keyless` are those of them that need no key, because without one they tell nothing. `loopback`
+    says that only this machine can connect.
     """
 
     def __init__(
-        self, app: ASGIApp, access: AccessConfig, loopback: bool, own: Collection[str]
+        self,
+        app: ASGIApp,
+        access: AccessConfig,
+        loopback: bool,
+        own: Collection[str],
+        keyless: Collection[str] = (),
     ) -> None:
         self.app = app
         self.access = access
         self.loopback = loopback
         self.own = frozenset(own)
+        self.keyless = frozenset(keyless)
         self.below = tuple(path.partition("{")[0] for path in own if "{" in path)
         self.names = {"", "localhost", socket.gethostname().lower()}
         self.names.update(map(str.lower, access.hosts))
@@ -115,6 +122,8 @@ class Access:
         # Every comparison is made, so that the time taken tells nothing.
         keys = [key.encode() for key in self.access.keys]
         hits = [key for key in keys for value in given if hmac.compare_digest(key, value)]
+        if not hits and scope["path"] in self.keyless:
+            return
         if not hits:
             text = "a key is needed here: Authorization: Bearer KEY, or x-api-key: KEY"
             raise NotAllowed(text, status=401)

@@ -119,11 +119,16 @@ def write_agent(folder: Path, name: str, code: str, **config: Any) -> Path:
 
 @asynccontextmanager
 async def running(
-    upstream: str, plugins: Path, /, data: Path | None = None, **sections: Mapping[str, Any]
+    upstream: str,
+    plugins: Path,
+    /,
+    data: Path | None = None,
+    port: int = 0,
+    **sections: Mapping[str, Any],
 ) -> AsyncIterator[httpx.AsyncClient]:
     """Run a proxy before `upstream` with the agents in `plugins`, and yield a client of it.
 
-    `sections` are tables as in osp.toml.
+    `port` 0 is any that is free; `sections` are tables as in osp.toml.
     """
     config = build(Config, sections, "test", plugins)
     server = replace(config.server, data=data or plugins.parent / "data")
@@ -131,7 +136,7 @@ async def running(
     ollama = replace(config.upstream, url=upstream)
     app = osp.create_app(replace(config, server=server, plugins=dirs, upstream=ollama))
     async with (
-        demo.serve(app, **SETTINGS) as own,
+        demo.serve(app, port=port, **SETTINGS) as own,
         httpx.AsyncClient(base_url=own, timeout=10) as client,
     ):
         yield client

@@ -271,6 +271,7 @@ PROBES: dict[str, tuple[str, str, Any]] = {
     "generate": ("POST", "/api/generate", {"model": "demo", "prompt": "a"}),
     "health": ("GET", "/health", None),
     "metrics": ("GET", "/metrics", None),
+    "page": ("GET", "/osp", None),
     "passthrough": ("GET", "/api/version", None),
     "plugins": ("GET", "/plugins", None),
     "tags": ("GET", "/api/tags", None),
@@ -280,7 +281,7 @@ PARTS = {
     "Access": (),
     "Metrics": ("metrics",),
     "Presets": (),
-    "Traces": ("traces",),
+    "Traces": ("traces", "page"),
 }  # with the slices that need them
 ASK = """
 import asyncio, json, sys

@@ -21,7 +21,7 @@ from kernel.config import Config, build
 from kernel.server import SETTINGS, listen
 from tests.support import CHAT, FakeOllama, House, prompts, running, turn
 
-OWN = ["/health", "/plugins", "/metrics"]
+OWN = ["/health", "/plugins", "/metrics", "/osp"]
 NEAR = ["", ":80", *"localhost LocalHost localhost:11435 a.localhost pi.local x.internal:1".split()]
 NEAR += "127.0.0.1 127.1.2.3:80 [::1]:1 ::1 [::ffff:127.0.0.1]:1 0.0.0.0 [::]:1 10.1.2.3".split()
 NEAR += "172.16.0.1 192.168.1.2:80 [fd00::1]:1 pi.lan PI.lan:80".split()
