@@ -89,9 +89,12 @@ class RequestInfo:
     task: Task[Any] | None = None  # while it runs and can be stopped
     stopping = False
     began = ended = 0.0  # in seconds since 1970
+    start = 0.0  # time.perf_counter at its beginning
+    waits = False  # for Ollama: all of it was sent
+    phases: tuple[tuple[str, float], ...] = ()  # of one that agents touch: a name, its beginning
     seconds = 0.0  # 0: it runs
     first = 0.0  # seconds until the answer began
-    tokens = Tokens()
+    tokens: Tokens = (0, 0, 0.0)
     answered: Headers = []  # headers of the answer
     pieces = 0  # lines of the answer that were sent
     full = False  # the prompt filled the model's context
@@ -107,10 +110,9 @@ class RequestInfo:
         self.request_id = request_id
         self.headers: Headers = []  # end to end, without Host: they go upstream
         self.noted: dict[bytes, list[bytes]] = {}  # values of those in NOTED
-        self.phases: list[Any] = []  # a name, its time.perf_counter, a name...: cheaper than pairs
 
     def enter(self, phase: str) -> None:
-        self.phases += (phase, time.perf_counter())
+        self.phases = (*self.phases, (phase, time.perf_counter()))
 
     def hint(self, text: str) -> None:
         """Say why something did not happen that somebody may have wanted."""
@@ -209,15 +211,15 @@ class AccessLog:
         known = scope["osp"] = RequestInfo(f"{self._prefix}-{next(self._count)}")
         known.method, known.path = scope["method"], scope["path"]
         known.read(scope["headers"])
-        known.enter("reading")
-        began = known.phases[1]
+        began = known.start = time.perf_counter()
         head, tail = b"", b""
 
         def observed(message: Message) -> Awaitable[None]:
             nonlocal head, tail
             if message["type"] == "http.response.start":
-                known.enter("streaming")
-                known.first = known.phases[-1] - began
+                known.first = time.perf_counter() - began
+                if known.phases:
+                    known.enter("streaming")
                 known.status = message["status"]
                 known.answered = message["headers"] = answer_headers(known, message["headers"])
             elif known.relayed and (body := message.get("body")):

@@ -12,7 +12,6 @@ from bisect import bisect_left
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from itertools import accumulate
-from typing import NamedTuple
 
 HELP = {  # name: (type, text, label)
     "osp_requests_total": ("counter", "Requests answered", ("route", "status")),
@@ -38,12 +37,7 @@ NAMES = 50  # of models, and of tools: further ones are counted as "other"
 Row = list[float]  # of a histogram: a count for each bound and for what is longer, and the sum
 
 
-class Tokens(NamedTuple):
-    """What Ollama counted of one answer."""
-
-    prompt: int = 0
-    answer: int = 0
-    seconds: float = 0.0  # that the answer took; 0: the dialect does not say
+Tokens = tuple[int, int, float]  # of a prompt, of its answer, and the seconds that this one took
 
 
 class Metrics:
@@ -66,12 +60,12 @@ class Metrics:
         prompt, answer = last_number(tail, PROMPT), last_number(tail, ANSWER)
         model = MODEL.search(head) or MODEL.search(tail)  # behind the vectors of an embedding
         if not (model and prompt + answer):
-            return Tokens()
+            return 0, 0, 0.0
         name = model[1].decode(errors="replace")
         label = bounded(self._models, name)
         self._counts["osp_tokens_total", label, "prompt"] += prompt
         self._counts["osp_tokens_total", label, "answer"] += answer
-        return Tokens(prompt, answer, last_number(tail, (b'"eval_duration":',)) / 1e9)
+        return prompt, answer, last_number(tail, (b'"eval_duration":',)) / 1e9
 
     def activated(self, agent: str) -> None:
         self._counts["osp_agents_activated_total", agent] += 1

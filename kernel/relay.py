@@ -47,7 +47,7 @@ async def forward(
         if upload.expects_continue:
             headers = [*headers, (b"expect", b"100-continue")]
     target = target_of(scope)
-    info(scope).enter(WAITING)
+    info(scope).waits = True
     async with aclosing(await client.forward(scope["method"], target, headers, body)) as answer:
         await relay(answer, scope, send)
 

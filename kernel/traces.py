@@ -12,7 +12,7 @@ import logging
 import shlex
 import time
 from collections import deque
-from collections.abc import Awaitable, Collection, Iterator
+from collections.abc import Awaitable, Collection
 from typing import Any, Self
 
 from starlette.types import Message, Receive, Scope, Send
@@ -31,7 +31,8 @@ TEXTS = 2**22  # bytes of all texts together
 CUT = 200  # characters of a path, a model's name or a User-Agent
 STREAMS = (b"application/x-ndjson", b"text/event-stream")
 BY_PATH = {dialect.path: dialect for dialect in DIALECTS}
-LOOK = 5.0  # seconds: at most so often Ollama is asked for the sizes of contexts
+LOOK = 1.0  # seconds: at most so often Ollama is asked how large a model's context is
+MODELS = 100  # whose contexts are remembered
 UNKNOWN = 2**62
 NONE: Headers = []
 FULL = "the prompt filled the model's whole context, and its beginning was cut off"
@@ -49,8 +50,7 @@ class Traces:
         self._share = TEXTS // config.requests if config.bodies else 0  # of one request
         self.running: dict[int, RequestInfo] = {}
         self.latest: deque[RequestInfo] = deque(maxlen=config.requests)  # the newest last
-        self._contexts: dict[str, int] = {}  # of the model that was looked at last: its size
-        self._next_look = 0.0
+        self._contexts: dict[str, tuple[int, float]] = {}  # of models: size, and the next look
         self._looks: set[asyncio.Task[None]] = set()
 
     def without(self, own: Collection[str]) -> Self:
@@ -119,31 +119,35 @@ class Traces:
         known.headers = known.answered = NONE
         known.noted = {}
         self.latest.append(known)
-        prompt = known.tokens.prompt
-        if prompt and prompt >= self._contexts.get(known.model, 1):
-            if time.monotonic() < self._next_look:
-                return self._mark(known)
-            self._next_look = time.monotonic() + LOOK
-            task = asyncio.create_task(self._look(known))
-            self._looks.add(task)
-            task.add_done_callback(self._looks.discard)
+        if not known.tokens[0]:
+            return
+        size, next_look = self._contexts.get(known.model, (UNKNOWN, 0.0))
+        if time.monotonic() < next_look:
+            return self._mark(known, size)
+        if len(self._contexts) > MODELS:
+            self._contexts.clear()
+        self._contexts[known.model] = UNKNOWN, time.monotonic() + LOOK
+        task = asyncio.create_task(self._look(known))
+        self._looks.add(task)
+        task.add_done_callback(self._looks.discard)
 
     async def _look(self, known: RequestInfo) -> None:
-        """Ask how large the contexts of the models in memory are."""
+        """Ask how large the context of a model in memory is."""
         try:
             listed = (await self._client.ask("/api/ps"))["models"]
-            lengths = {canonical(m["model"]): int(m["context_length"]) for m in listed}
+            sizes = {canonical(m["model"]): int(m["context_length"]) for m in listed}
         except (UpstreamError, LookupError, TypeError, ValueError):  # an older Ollama
             return
-        self._contexts = {known.model: lengths.get(canonical(known.model), UNKNOWN)}
-        self._mark(known)
+        size = sizes.get(canonical(known.model), UNKNOWN)
+        self._contexts[known.model] = size, time.monotonic() + LOOK
+        self._mark(known, size)
 
-    def _mark(self, known: RequestInfo) -> None:
+    def _mark(self, known: RequestInfo, size: int) -> None:
         """Mark a request, and warn, if the prompt filled the model's whole context."""
-        if known.tokens.prompt >= self._contexts.get(known.model, UNKNOWN):
+        if known.tokens[0] >= size:
             known.full = True
             fields = {"request_id": known.request_id, "model": known.model[:CUT]}
-            fields |= {"tokens": str(known.tokens.prompt), "cure": CURE}
+            fields |= {"tokens": str(known.tokens[0]), "cure": CURE}
             logger.warning(FULL, extra={"fields": fields})
 
 
@@ -155,9 +159,9 @@ def client_of(known: RequestInfo) -> tuple[bytes, bytes]:
 
 def about(known: RequestInfo) -> dict[str, Any]:
     """Return what a trace tells without its texts; times are milliseconds, but for `time`."""
-    now = time.perf_counter()
-    began = known.phases[1]
-    seconds = known.seconds or now - began
+    seconds = known.seconds or time.perf_counter() - known.start
+    phases = phases_of(known)
+    ends = [*(began for _, began in phases[1:]), known.start + seconds]
     prompt, answer, lasted = known.tokens
     lasted = lasted or (seconds - known.first if known.first else 0)
     dialect = BY_PATH.get(known.path)
@@ -175,12 +179,15 @@ def about(known: RequestInfo) -> dict[str, Any]:
         "model": known.model[:CUT],
         "user": known.user,
         "client": client_of(known)[0].decode("latin-1"),
-        "phase": "done" if known.seconds else known.phases[-2],
+        "phase": "done" if known.seconds else phases[-1][0],
         "status": known.status,
         "outcome": known.outcome if known.seconds else "",
         "ms": ms(seconds),
         "first_ms": ms(known.first),
-        "phases": [*phases_of(known, began + seconds)],
+        "phases": [
+            {"name": name, "ms": ms(end - began)}
+            for (name, began), end in zip(phases, ends, strict=True)
+        ],
         "agents": [{"name": n, "outcome": o, "ms": int(t[:-2])} for n, o, t in agents],
         "agents_ms": sum(int(spent[:-2]) for _, _, spent in agents),
         "tools": tools,
@@ -193,10 +200,12 @@ def about(known: RequestInfo) -> dict[str, Any]:
     }
 
 
-def phases_of(known: RequestInfo, end: float) -> Iterator[dict[str, Any]]:
-    began = known.phases[1::2]
-    for name, start, stop in zip(known.phases[::2], began, [*began[1:], end], strict=True):
-        yield {"name": name, "ms": ms(stop - start)}
+def phases_of(known: RequestInfo) -> list[tuple[str, float]]:
+    """Return the phases so far, each with its beginning."""
+    if known.phases:
+        return [("reading", known.start), *known.phases]
+    begun = [(relay.WAITING if known.waits else "reading", known.start)]
+    return begun + ([("streaming", known.start + known.first)] if known.first else [])
 
 
 def ms(seconds: float) -> float:

@@ -175,6 +175,7 @@ class FakeOllama:
     statuses: list[int] = field(default_factory=list)  # of their answers; then 200
     may_say: bool = True  # no test has said what it answers
     memory: dict[str, Any] = field(default_factory=lambda: {"models": []})  # of /api/ps
+    looks: int = 0  # at it, by the proxy itself
 
     def answers(
         self,
@@ -216,7 +217,7 @@ class FakeOllama:
         if own and scope["path"] in ("/api/version", "/api/tags"):  # the proxy asks at its start
             return await JSONResponse({"version": "0.0.0", "models": []})(scope, receive, send)
         if own and scope["path"] == "/api/ps":  # it wants to know the size of contexts
-            self.asked.append(Asked("GET", scope["path"], [], b""))
+            self.looks += 1
             return await JSONResponse(self.memory)(scope, receive, send)
         await self.remember(scope, receive)
         answer = asyncio.create_task(self.answer(send))

@@ -287,7 +287,7 @@ async def test_a_prompt_that_filled_the_context_is_told(
     house.ollama.memory = PS
     async with house.open() as client, asyncio.timeout(5):
         await house.post(client, CHAT, "hello")
-        while house.ollama.asked[-1].target != "/api/ps":
+        while not house.ollama.looks:
             await traces(client)
         [trace] = (await traces(client))["finished"]
 
