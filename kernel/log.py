@@ -102,7 +102,6 @@ class RequestInfo:
     tools: tuple[tuple[str, str, str, float], ...] = ()  # agent, tool, outcome, seconds
     hints: tuple[str, ...] = ()
     room = 0  # bytes of texts that may still be kept
-    refused = False  # by a guard: no text is kept
     request = answer = b""  # texts that are kept
     client = asked = b""  # its User-Agent, and the Host that it asked for
 
@@ -127,7 +126,7 @@ class RequestInfo:
 
     def forget(self) -> None:
         """Keep no text of this request."""
-        self.room, self.refused = 0, True
+        self.room = 0
         self.request = self.answer = b""
         self.steps = tuple(replace(step, before=b"", after=b"") for step in self.steps)
 
