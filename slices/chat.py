@@ -425,6 +425,7 @@ class Chat:
                 break
             results = [result for _, result in await use(turn, calls)]
             turn.payload["messages"] += joint.history(results)
+            joint.go_on()
             if left == 1:
                 turn.withdraw()
             turn.payload = await run_again(turn)
@@ -433,7 +434,6 @@ class Chat:
             if answer.status != 200:
                 text = (await upstream.whole(answer))[:500].decode(errors="replace")
                 raise errors.Aborted(f"Ollama answered {answer.status}: {text}", answer.status)
-            joint.go_on()
         yield joint.finish(theirs)
 
     async def send_reply(self, turn: Turn, reply: Spoken, send: Send) -> None:

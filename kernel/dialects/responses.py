@@ -125,7 +125,7 @@ class Responses(SSE):
                 part["text"], changed = text, True
         response, own = chunk.get("response") or chunk, state.asked.get("instructions")
         if chunk.get("type") in ENDS and state.items:
-            response["output"] = [*(response["output"] or []), *state.items]
+            response["output"] = [*(response.get("output") or []), *state.items]
         if response.get("instructions", own) != own:
             response["instructions"], changed = own, True
         if state.hidden and (tools := response.get("tools")):
@@ -174,7 +174,7 @@ class Responses(SSE):
             state.first = state.first or {key: response[key] for key in ("id", "created_at")}
             response |= state.first
         if chunk["type"] in ENDS and state.items:
-            response["output"] = [*(response["output"] or []), *state.items]
+            response["output"] = [*(response.get("output") or []), *state.items]
         item = chunk.get("item") or {}
         if item.get("type") == "function_call" and item["status"] == "completed":
             state.items.append(item)
@@ -187,7 +187,7 @@ class Responses(SSE):
     def merge(self, earlier: Chunk, chunk: Chunk) -> None:
         super().merge(earlier, chunk)
         old, new = earlier.get("response", earlier), chunk.get("response", chunk)
-        new["output"] = [*(old["output"] or []), *(new["output"] or [])]
+        new["output"] = [*(old.get("output") or []), *(new.get("output") or [])]
 
     def entry(self, call: ToolCall, number: int) -> Chunk:
         item = {"id": f"fc_{call.id}", "type": "function_call", "status": "completed"} | call.entry
