@@ -26,9 +26,11 @@ if sys.version_info < (3, 11) or not all(map(find_spec, ("httptools", "starlette
     sys.exit(2)
 
 import asyncio
+import json
 import logging
 import math
 import os
+import secrets
 import signal
 from argparse import ArgumentParser, Namespace
 from collections.abc import AsyncIterator, Mapping
@@ -46,8 +48,8 @@ import demo
 from kernel import log
 from kernel.access import Access, is_loopback
 from kernel.client import OllamaClient
-from kernel.config import HOME, Config, load, parse_upstream
-from kernel.errors import ConfigError, UpstreamError
+from kernel.config import HOME, KEY_NAME, Config, load, parse_upstream
+from kernel.errors import ConfigError, UpstreamConnectionError, UpstreamError
 from kernel.guards import Guards
 from kernel.metrics import Metrics
 from kernel.plugin import loaded
@@ -71,6 +73,9 @@ from slices import (
 )
 
 logger = logging.getLogger("osp")
+
+VERSION = "0.1.0"  # as in pyproject.toml
+HEALTH = 10.0  # seconds for an answer to the command `health`
 
 
 def create_registry(config: Config, environ: Mapping[str, str]) -> PluginRegistry:
@@ -173,14 +178,51 @@ def parse_flags() -> Namespace:
     either("--upstream", metavar="URL", help="Ollama (default: 127.0.0.1:11434)")
     demo_help = "use a built-in stand-in for Ollama, with so many seconds between two words"
     either("--demo", metavar="SECONDS", nargs="?", type=float, const=0.03, help=demo_help)
+    add("--version", action="version", version=VERSION)
+    commands = parser.add_subparsers(metavar="COMMAND", help="without one: serve")
+    parser.set_defaults(command=None)
+    of_health = commands.add_parser("health", help="ask the proxy that runs; exit status 0 or 1")
+    of_health.add_argument("--live", action="store_true", help="whether Ollama answers or not")
+    of_health.set_defaults(command=check_health)
+    of_key = commands.add_parser("key", help="print a fresh key, and the lines for osp.toml")
+    of_key.add_argument("name", metavar="NAME", help="who is to have it: laptop, for example")
+    of_key.set_defaults(command=print_key)
     return parser.parse_args()
 
 
+def check_health(config: Config, flags: Namespace) -> None:
+    """Ask the proxy that runs with these settings how it is. Raises UpstreamError."""
+    proxy = replace(parse_upstream(config.server.host), port=config.server.port)
+    path = "/health?live" if flags.live else "/health"
+
+    async def ask() -> None:
+        async with asyncio.timeout(HEALTH), OllamaClient(proxy, HEALTH) as client:
+            sys.stdout.write(f"{json.dumps(await client.ask(path))}\n")
+
+    try:
+        asyncio.run(ask())
+    except (TimeoutError, UpstreamConnectionError) as exc:
+        raise UpstreamError(f"no proxy answers at {proxy.url}; see server.host and port") from exc
+
+
+def print_key(config: Config, flags: Namespace) -> None:
+    """Print a fresh key and what to do with it. Raises ConfigError for a name that cannot be."""
+    if not KEY_NAME.fullmatch(flags.name):
+        raise ConfigError(f"{flags.name!r} cannot name a key: letters, digits, _ and - can")
+    sys.stdout.write(f'[keys.{flags.name}]\nkey = "osp-{secrets.token_urlsafe(24)}"\n')
+
+
 def run(sockets: list[socket] | None) -> None:
-    """Listen and serve; with --reload, another process serves. Raises ConfigError."""
+    """Obey a command, or listen and serve; with --reload, another process serves.
+
+    Raises ConfigError, and UpstreamError where a command asks in vain.
+    """
     flags = parse_flags()
     given = {"--host": flags.host, "--port": flags.port, "--upstream": flags.upstream}
     config = load(flags.config, os.environ, given)
+    if flags.command:
+        flags.command(config, flags)
+        return
     write = log.configure(config.log.level, config.log.format)
     listener = sockets[0] if sockets else listen(config.server.host, config.server.port)
     if flags.reload and not sockets:
@@ -198,22 +240,24 @@ def run(sockets: list[socket] | None) -> None:
 
 
 def main(sockets: list[socket] | None = None) -> NoReturn:
-    """Run the command line; exit with 0 after a clean stop, with 2 for bad settings.
+    """Run the command line; exit with 0 after a clean stop, with 1 where the proxy that is asked
+    is not well, with 2 for bad settings.
 
     `sockets` are those of the supervisor, in the process that it started.
     """
     sys.dont_write_bytecode = True  # plugins stay free of __pycache__
     try:
         run(sockets)
-    except ConfigError as exc:
+    except (ConfigError, UpstreamError) as exc:
         sys.stderr.write(f"osp.py: {exc}\n")
-        leave(2)
+        leave(2 if isinstance(exc, ConfigError) else 1)
     leave(0)
 
 
 def leave(status: int) -> NoReturn:
     """End the process, also while threads run that agents left behind."""
     logging.shutdown()
+    sys.stdout.flush()
     os._exit(status)
 
 

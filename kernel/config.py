@@ -31,6 +31,7 @@ WORDS = {str: "a string", int: "a whole number", float: "a number", bool: "true 
 WORDS |= {Path: "a path", tuple: "a list of strings"}
 PRESET = re.compile(r"[\w.:/-]+", re.ASCII)  # its name
 NAMED = "it must name a `model`, and be called by letters, digits and . _ - : /"
+KEY_NAME = re.compile(r"[A-Za-z0-9][\w-]{0,39}", re.ASCII)
 SIGNS = re.compile(r"(?:[^\w\s]|_)*")
 
 FORM = "an address like http://127.0.0.1:11434"
