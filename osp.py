@@ -48,7 +48,7 @@ import demo
 from kernel import log
 from kernel.access import Access, is_loopback
 from kernel.client import OllamaClient
-from kernel.config import HOME, KEY_NAME, Config, load, parse_upstream
+from kernel.config import HOME, KEY_NAME, KEY_NAMED, Config, load, parse_upstream
 from kernel.errors import ConfigError, UpstreamConnectionError, UpstreamError
 from kernel.guards import Guards
 from kernel.metrics import Metrics
@@ -112,11 +112,11 @@ def create_app(
 
     chats = partial(chat.routes, metrics=collector, presets=presets, max_body=limit)
     own = [
-        *health.routes(client, registry),
+        *health.routes(client, registry, keys=bool(config.keys)),
         *plugins.routes(registry, metrics=collector),
         *metrics.routes(collector),
         *traces.routes(kept, client),
-        *page.routes(kept, config.commands.prefix, keys=bool(config.access.keys)),
+        *page.routes(kept, config.commands.prefix, keys=bool(config.keys)),
     ]
     routes = [
         *chats(client, registry, config.chain, config.commands, consent),
@@ -128,7 +128,8 @@ def create_app(
     rest = passthrough.endpoint(client, guards)
     app: ASGIApp = Paths(routes, default=rest, redirect_slashes=False, lifespan=lifespan)
     ours = [route.path for route in own]
-    app = Access(app, config.access, loopback, ours, keyless=page.KEYLESS)
+    keyless = [*page.KEYLESS, *health.KEYLESS]
+    app = Access(app, config.access, config.keys, loopback, ours, keyless)
     paths = [route.path for route in routes]
     return log.AccessLog(app, paths, write, metrics=collector, traces=kept.without(ours))
 
@@ -208,7 +209,7 @@ def check_health(config: Config, flags: Namespace) -> None:
 def print_key(config: Config, flags: Namespace) -> None:
     """Print a fresh key and what to do with it. Raises ConfigError for a name that cannot be."""
     if not KEY_NAME.fullmatch(flags.name):
-        raise ConfigError(f"{flags.name!r} cannot name a key: letters, digits, _ and - can")
+        raise ConfigError(f"{flags.name!r} is no name: {KEY_NAMED}")
     sys.stdout.write(f'[keys.{flags.name}]\nkey = "osp-{secrets.token_urlsafe(24)}"\n')
 
 

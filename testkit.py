@@ -40,7 +40,7 @@ from starlette.routing import Route
 import demo
 from kernel.agent import BaseAgent, text_of
 from kernel.client import OllamaClient
-from kernel.config import HOME, AccessConfig, Config, PluginsConfig, load, parse_upstream
+from kernel.config import HOME, AccessConfig, Config, Key, PluginsConfig, load, parse_upstream
 from kernel.dialects import Chunk, Dialect, dumps
 from kernel.dialects.calls import ToolCall
 from kernel.dialects.every import DIALECTS
@@ -121,7 +121,7 @@ def ask(
     config = Config(
         plugins=PluginsConfig(dirs=(folder.parent,), only=(name,)),
         agents={name: {"enabled": True, "settings": settings or {}}},
-        access=AccessConfig(keys=(user,) if user else ()),
+        keys={user: Key(user)} if user else {},
     )
     request = {"messages": [prompt] if isinstance(prompt, str) else prompt, **(fields or {})}
     sent = {**({"x-api-key": user} if user else {}), **(headers or {})}
@@ -326,7 +326,7 @@ async def check(config: Config, environ: Pairs, data: Path | None, prompt: str |
     status = 0
     for name, plugin in scan(config.plugins, config.agents, environ).items():
         only = replace(config.plugins, only=(name,))
-        alone = replace(config, plugins=only, access=AccessConfig(), presets={})
+        alone = replace(config, plugins=only, access=AccessConfig(), keys={}, presets={})
         with tempfile.TemporaryDirectory() as copy:
             if data and (data / name).is_dir():
                 shutil.copytree(data / name, Path(copy, name))

@@ -8,21 +8,25 @@ none of our own endpoints. Then come keys and closed paths, where the operator s
 
 from __future__ import annotations
 
-import hashlib
+import binascii
 import hmac
 import ipaddress
 import posixpath
 import re
 import socket
-from collections.abc import Awaitable, Collection
+from base64 import b64decode
+from collections.abc import Awaitable, Collection, Mapping
+from fnmatch import fnmatchcase
 from functools import lru_cache
+from hashlib import sha256
 from urllib.parse import unquote
 
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from kernel.config import AccessConfig
+from kernel.config import AccessConfig, Key
 from kernel.errors import NotAllowed
 from kernel.log import SECRETS, RequestInfo, info
+from kernel.models import matches
 from kernel.relay import refuse, respond
 
 # What Go calls loopback, unspecified or private; Python's is_private means more
@@ -32,6 +36,10 @@ ORIGINS = (  # envconfig.AllowedOrigins in Ollama's sources
     r"https?://(localhost|127\.0\.0\.1|0\.0\.0\.0)(:.*)?"
     r"|(app|file|tauri|vscode-webview|vscode-file)://.*"
 )
+MISSING = "a key is needed here"
+UNKNOWN = "the key that was sent is none of those in [keys]"
+FORMS = "send Authorization: Bearer KEY, x-api-key: KEY, or KEY as the password of Basic"
+CHALLENGE = [(b"www-authenticate", b"Bearer")]  # with Basic a browser would ask over our page
 LONGEST = 300  # bytes of an origin that is copied into an answer: a name has 253 at most
 # As Go's net.SplitHostPort does it: [::1] without a port stays as it is, and then is no address.
 SPLIT = re.compile(r"\[([^\[\]]*)\]:[^:\[\]]*|([^:\[\]]*):[^:\[\]]*")
@@ -48,12 +56,14 @@ class Access:
         self,
         app: ASGIApp,
         access: AccessConfig,
+        keys: Mapping[str, Key],
         loopback: bool,
         own: Collection[str],
         keyless: Collection[str] = (),
     ) -> None:
         self.app = app
-        self.access = access
+        self.deny = access.deny
+        self.keys = [(name, key, digest(key.key.encode())) for name, key in keys.items()]
         self.loopback = loopback
         self.own = frozenset(own)
         self.keyless = frozenset(keyless)
@@ -71,7 +81,7 @@ class Access:
             except NotAllowed as exc:
                 if not str(exc):
                     return respond(scope, send, exc.status, [], b"")  # as Ollama does
-                return refuse(scope, send, exc)
+                return refuse(scope, send, exc, CHALLENGE if exc.status == 401 else ())
         return self.app(scope, receive, send)
 
     def check(self, scope: Scope, known: RequestInfo) -> None:
@@ -81,10 +91,12 @@ class Access:
             self.check_host(known.host, own)
         for origin in known.origins:
             self.check_origin(origin, known, own)
-        if self.access.deny:
-            self.check_path(scope["path"])
-        if self.access.keys:
+        if self.deny:
+            check_path(scope["path"], self.deny)
+        if self.keys:
             self.check_key(scope, known)
+            if known.key.deny:
+                check_path(scope["path"], known.key.deny, f" to the key {known.user}")
 
     def check_host(self, host: str, own: bool) -> None:
         name, near = read_host(host)
@@ -106,36 +118,73 @@ class Access:
         else:
             known.foreign = True
 
-    def check_path(self, path: str) -> None:
-        # Ollama's router unescapes, and cleans what has // or .. in it
-        clean = posixpath.normpath("/" + unquote(path).lstrip("/"))
-        for closed in self.access.deny:
-            if f"{clean}/".startswith(closed.rstrip("/") + "/"):
-                raise NotAllowed(f"{closed} is closed here")
-
     def check_key(self, scope: Scope, known: RequestInfo) -> None:
         """Take the key out of the headers that go upstream; raise NotAllowed without one."""
         if scope["method"] == "OPTIONS" and b"access-control-request-method" in known.noted:
             return
         sent = [value for name in SECRETS for value in known.noted.get(name, ())]
-        given = [re.sub(rb"(?i)^bearer +", b"", value) for value in sent]
+        given = [digest(secret_of(value)) for value in sent]
         # Every comparison is made, so that the time taken tells nothing.
-        keys = [key.encode() for key in self.access.keys]
-        hits = [key for key in keys for value in given if hmac.compare_digest(key, value)]
-        if not hits and scope["path"] in self.keyless:
-            return
-        if not hits:
-            text = "a key is needed here: Authorization: Bearer KEY, or x-api-key: KEY"
-            raise NotAllowed(text, status=401)
-        known.user = hashlib.sha256(hits[0]).hexdigest()[:16]
-        known.headers = [pair for pair in known.headers if pair[0] not in SECRETS]
+        hits = [
+            (name, key)
+            for name, key, due in self.keys
+            for value in given
+            if hmac.compare_digest(due, value)
+        ]
+        if hits:
+            known.user, known.key = hits[0]
+            known.headers = [pair for pair in known.headers if pair[0] not in SECRETS]
+        elif scope["path"] not in self.keyless:
+            raise NotAllowed(f"{UNKNOWN if sent else MISSING}; {FORMS}", status=401)
+
+
+def digest(secret: bytes) -> bytes:
+    return sha256(secret).digest()
+
+
+def secret_of(value: bytes) -> bytes:
+    """Return the key in a header: all of it, behind `Bearer`, or the password of `Basic`."""
+    scheme, _, rest = value.partition(b" ")
+    if scheme.lower() == b"bearer":
+        return rest.strip()
+    if scheme.lower() != b"basic":
+        return value
+    try:
+        return b64decode(rest).partition(b":")[2]
+    except binascii.Error:
+        return b""
+
+
+def check_path(path: str, deny: Collection[str], whom: str = "") -> None:
+    """Raise NotAllowed for a closed path, and for what is below it."""
+    # Ollama's router unescapes, and cleans what has // or .. in it
+    clean = posixpath.normpath("/" + unquote(path).lstrip("/"))
+    for closed in deny:
+        if f"{clean}/".startswith(closed.rstrip("/") + "/"):
+            raise NotAllowed(f"{closed} is closed here{whom}")
+
+
+def check_model(known: RequestInfo, model: object) -> None:
+    """Raise NotAllowed if the key may not ask this model; None is one that cannot be seen."""
+    allowed = known.key.models
+    if not (isinstance(model, str) and matches(model, allowed)) and allowed:
+        which = "a model that cannot be seen here" if model is None else repr(model)
+        raise NotAllowed(f"the key {known.user} may ask {', '.join(allowed)}, and not {which}")
+
+
+def may_use(known: RequestInfo, agent: str) -> bool:
+    """Tell whether the key may ask for an agent."""
+    allowed = known.key.agents
+    return not allowed or any(fnmatchcase(agent, pattern.lower()) for pattern in allowed)
 
 
 def is_operator(scope: Scope) -> bool:
-    """Tell whether a request has a key or, as no key is needed, comes from this machine."""
+    """Tell whether a request may see everything: it has a key without limits or, where no key is
+    needed, comes from this machine.
+    """
     host = scope["client"][0] if scope["client"] else ""
     mine = host == "::1" or host.removeprefix("::ffff:").startswith("127.")
-    return mine or bool(info(scope).user)
+    return (mine or bool(info(scope).user)) and not info(scope).key.is_limited
 
 
 @lru_cache(maxsize=100)

@@ -15,7 +15,8 @@ import re
 import tomllib
 from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import dataclass, field, is_dataclass
+from dataclasses import dataclass, field, is_dataclass, replace
+from math import isfinite
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
@@ -32,6 +33,9 @@ WORDS |= {Path: "a path", tuple: "a list of strings"}
 PRESET = re.compile(r"[\w.:/-]+", re.ASCII)  # its name
 NAMED = "it must name a `model`, and be called by letters, digits and . _ - : /"
 KEY_NAME = re.compile(r"[A-Za-z0-9][\w-]{0,39}", re.ASCII)
+KEY_NAMED = "letters, digits, _ and - can name a key"
+FRESH = "`python osp.py key NAME` prints a fresh one"
+SECRET = re.compile(r"[!-~]{8,}")
 SIGNS = re.compile(r"(?:[^\w\s]|_)*")
 
 FORM = "an address like http://127.0.0.1:11434"
@@ -85,6 +89,7 @@ def parse_upstream(text: str) -> Upstream:
 # A type, what a value must be besides, and the check
 Seconds = Annotated[float, "above 0", lambda number: 0 < number < 1e15]  # neither NaN nor infinity
 Size = Annotated[int, "above 0", lambda number: number > 0]
+Count = Annotated[int, "0 or more", lambda number: number >= 0]
 Port = Annotated[int, "0 to 65535", lambda number: 0 <= number <= 65535]
 Signs = Annotated[str, "without letters, digits and spaces", SIGNS.fullmatch]
 Address = Annotated[str, FORM, ADDRESS.fullmatch]
@@ -103,6 +108,7 @@ class ServerConfig:
 class UpstreamConfig:
     url: Address = "http://127.0.0.1:11434"  # every form that OLLAMA_HOST takes
     connect_timeout: Seconds = 5.0
+    parallel: Count = 0  # requests that ask a model at once, others wait for their turn; 0: all
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,10 +131,24 @@ class ChainConfig:
 
 @dataclass(frozen=True, slots=True)
 class AccessConfig:
-    keys: tuple[str, ...] = ()  # requests without one of these get a 401; empty: no key needed
     deny: tuple[str, ...] = ()  # closed paths, with all below them
     hosts: tuple[str, ...] = ()  # names that a Host header may say, beside Ollama's own rules
     origins: tuple[str, ...] = ()  # web pages that may use agents, beside Ollama's own rules
+
+
+@dataclass(frozen=True, slots=True)
+class Key:
+    """The key of somebody who may come in, and what it opens; its table's name is theirs."""
+
+    key: str = field(default="", repr=False)  # "$NAME" is the environment's
+    models: tuple[str, ...] = ()  # patterns of those that it may ask; empty: all
+    agents: tuple[str, ...] = ()  # patterns of those that it may ask for; empty: all
+    deny: tuple[str, ...] = ()  # paths that are closed to it, with all below them
+    priority: Annotated[float, "finite", isfinite] = 0.0  # who waits for a model: lowest first
+
+    @property
+    def is_limited(self) -> bool:
+        return bool(self.models or self.agents or self.deny)
 
 
 @dataclass(frozen=True, slots=True)
@@ -161,6 +181,7 @@ class Config:
     commands: CommandsConfig = field(default_factory=CommandsConfig)
     chain: ChainConfig = field(default_factory=ChainConfig)
     access: AccessConfig = field(default_factory=AccessConfig)
+    keys: Mapping[str, Key] = field(default_factory=dict)  # [keys.NAME]; empty: no key needed
     log: LogConfig = field(default_factory=LogConfig)
     page: PageConfig = field(default_factory=PageConfig)
     presets: Mapping[str, Preset] = field(default_factory=dict)  # [presets."NAME"]
@@ -188,7 +209,39 @@ def load(file: Path | None, environ: Mapping[str, str], flags: Mapping[str, str 
     for name, preset in config.presets.items():
         if not (preset.model and PRESET.fullmatch(name)):
             raise ConfigError(f"{file}: presets.{name}: {NAMED}")
-    return config
+    return replace(config, keys=read_keys(config.keys, environ, f"{file}"))
+
+
+def read_keys(keys: Mapping[str, Key], environ: Mapping[str, str], file: str) -> dict[str, Key]:
+    """Return the keys with the environment's values in them. Raises ConfigError."""
+    read: dict[str, Key] = {}
+    for name, key in keys.items():
+        where = f"{file}: keys.{name}"
+        secret = resolved(key.key, environ, where)
+        if not KEY_NAME.fullmatch(name):
+            raise ConfigError(f"{where}: {KEY_NAMED}")
+        if not SECRET.fullmatch(secret):
+            raise ConfigError(f"{where}: key: this must be 8 or more visible signs: {FRESH}")
+        if twin := next((other for other, known in read.items() if known.key == secret), None):
+            raise ConfigError(f"{where}: key: {twin} has the same: {FRESH}")
+        read[name] = replace(key, key=secret)
+    return read
+
+
+def resolved(value: Any, environ: Mapping[str, str], where: str) -> Any:
+    """Return a setting with the environment's value for each text "$NAME" in it.
+
+    Raises ConfigError for a name that is not set there.
+    """
+    if isinstance(value, dict):
+        return {key: resolved(item, environ, where) for key, item in value.items()}
+    if isinstance(value, list):
+        return [resolved(item, environ, where) for item in value]
+    if isinstance(value, str) and re.fullmatch(r"\$[A-Za-z_]\w*", value):
+        if value[1:] not in environ:
+            raise ConfigError(f"{where}: {value} is not set in the environment")
+        return environ[value[1:]]
+    return value
 
 
 def build(kind: type[T], table: Settings, where: str, base: Path) -> T:
@@ -228,7 +281,7 @@ def convert(value: Any, hint: Any, where: str, base: Path) -> Any:
         valid = type(value) is (dict if origin is Mapping else hint)
     if valid:
         return value
-    shown = "this" if origin is tuple else repr(value)  # a list may hold keys
+    shown = "this" if origin is tuple or ": keys" in where else repr(value)  # it may hold keys
     raise ConfigError(f"{where}: {shown} is wrong here, it must be {expected}")
 
 

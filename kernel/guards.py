@@ -1,4 +1,5 @@
-"""Guards: which requests may pass without the agents that nothing may pass without.
+"""Guards: which requests may pass without the agents that nothing may pass without, and which of
+those that no agent sees a key with `models` may send.
 
 A guard is an always-on agent with `on_error = "abort"`. It sees the chat endpoints, which judge
 themselves. Of all other requests those pass that carry no text for a model, and those to a path
@@ -16,15 +17,18 @@ from typing import Any
 from starlette.types import Receive, Scope, Send
 
 from kernel import relay
+from kernel.access import check_model
 from kernel.client import OllamaClient
 from kernel.dialects import dumps, loads_once
 from kernel.errors import NotAllowed, UpstreamError
+from kernel.log import info
 from kernel.plugin import Plugin
 from kernel.presets import Presets
 from kernel.registry import PluginRegistry, refusal
 
 # Ollama reads no body there, or none that reaches a model (server/routes.go)
 NO_TEXT = ("GET", "HEAD", "DELETE", "OPTIONS")
+LOOKS = ("GET", "HEAD", "OPTIONS")
 OPEN = ("/api/show", "/api/pull", "/api/push", "/api/me", "/api/signout")
 # Where `model` names the model that is asked. Elsewhere it may name another: /api/create makes it.
 ASKS = frozenset(
@@ -48,11 +52,16 @@ class Guards:
         Where the decision depended on the body, it is the one that was judged, encoded anew.
         """
         path = scope["path"]  # unescaped once, as Ollama's router reads it
-        guards = self.concerned(path, None)
-        if not guards or scope["method"] in NO_TEXT or path in OPEN:
+        guards, known = self.concerned(path, None), info(scope)
+        if scope["method"] in NO_TEXT or path in OPEN:
+            guards = []
+        bound = known.key.models and scope["method"] not in LOOKS
+        if not (guards or bound):
             return None
         body = await upload.read(self.max_body)
         payload = read(body or b"")
+        if bound:
+            check_model(known, payload.get("model") if path in (*ASKS, "/api/show") else None)
         if path == "/api/generate" and is_loading(payload):
             return dumps(payload)
         if path in ASKS and isinstance(model := payload.get("model"), str):

@@ -24,6 +24,7 @@ from typing import Any, Protocol
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from kernel.config import Key
 from kernel.errors import BrokenAnswer, ClientDisconnected
 from kernel.metrics import Metrics, Tokens
 
@@ -81,7 +82,8 @@ class RequestInfo:
     outcome = "ok"
     model = ""
     agents = ""  # the text of X-OSP-Agents of the answer
-    user = ""  # who sent the key: a digest of it
+    user = ""  # the name of the key that was sent
+    key = Key()  # what it opens
     foreign = False  # sent by a web page that Ollama would refuse: no agent takes part
     cors: Headers = []  # for answers of our own
     relayed = False  # the answer is Ollama's: no CORS headers of ours, and its tokens count
@@ -241,9 +243,9 @@ class AccessLog:
         finally:
             seconds = known.seconds = time.perf_counter() - began
             route, first = self.route(scope["path"]), known.first or seconds
-            self.metrics.request(route, known.status, seconds, first)
+            self.metrics.request(route, known.status, seconds, first, known.user)
             if known.relayed and 200 <= known.status < 300:
-                known.tokens = self.metrics.tokens(head, tail)
+                known.tokens = self.metrics.tokens(head, tail, known.user)
             if logger.isEnabledFor(logging.INFO):
                 self.write(fields_of(known, seconds))
             if self.traces:
@@ -275,7 +277,7 @@ def fields_of(known: RequestInfo, seconds: float) -> dict[str, Any]:
         "ms": round(seconds * 1000, 1),
         "outcome": known.outcome,
     }
-    more = {"model": known.model[:LONGEST], "agents": known.agents}
+    more = {"user": known.user, "model": known.model[:LONGEST], "agents": known.agents}
     return fields | {name: text for name, text in more.items() if text}
 
 

@@ -14,10 +14,10 @@ from collections.abc import Iterator, Sequence
 from itertools import accumulate
 
 HELP = {  # name: (type, text, label)
-    "osp_requests_total": ("counter", "Requests answered", ("route", "status")),
+    "osp_requests_total": ("counter", "Requests answered", ("route", "status", "user")),
     "osp_request_seconds": ("histogram", "Time until the last byte", ("route",)),
     "osp_first_byte_seconds": ("histogram", "Time until the answer began", ("route",)),
-    "osp_tokens_total": ("counter", "Tokens, by Ollama's own count", ("model", "kind")),
+    "osp_tokens_total": ("counter", "Tokens, by Ollama's own count", ("model", "kind", "user")),
     "osp_agents_activated_total": ("counter", "Requests in which an agent took part", ("agent",)),
     "osp_agent_failures_total": ("counter", "Hooks that failed", ("agent",)),
     "osp_agent_seconds": ("histogram", "Time spent in an agent's hooks", ("agent",)),
@@ -32,7 +32,7 @@ PROMPT = (b'"prompt_eval_count":', b'"prompt_tokens":', b'"input_tokens":')
 ANSWER = (b'"eval_count":', b'"completion_tokens":', b'"output_tokens":')
 NUMBER = re.compile(rb"\d{1,15}")
 MODEL = re.compile(rb'"model":"([^"\\]{1,200})"')
-NAMES = 50  # of models, and of tools: further ones are counted as "other"
+NAMES = 50  # of models, of tools, and of users: further ones are counted as "other"
 
 Row = list[float]  # of a histogram: a count for each bound and for what is longer, and the sum
 
@@ -48,14 +48,18 @@ class Metrics:
         self._rows: dict[tuple[str, str], Row] = defaultdict(lambda: [0.0] * (len(BOUNDS) + 2))
         self._models: set[str] = set()
         self._tools: set[str] = set()
+        self._users: set[str] = set()
 
-    def request(self, route: str, status: int, seconds: float, first: float) -> None:
+    def request(
+        self, route: str, status: int, seconds: float, first: float, user: str = ""
+    ) -> None:
         """Count one request; status 0 is one whose client left before an answer."""
-        self._counts["osp_requests_total", route, str(status)] += 1
+        user = bounded(self._users, user)
+        self._counts["osp_requests_total", route, str(status), user] += 1
         self._observe("osp_request_seconds", route, seconds)
         self._observe("osp_first_byte_seconds", route, first)
 
-    def tokens(self, head: bytes, tail: bytes) -> Tokens:
+    def tokens(self, head: bytes, tail: bytes, user: str = "") -> Tokens:
         """Count the tokens of an answer of Ollama that begins with `head` and ends with `tail`."""
         prompt, answer = last_number(tail, PROMPT), last_number(tail, ANSWER)
         model = MODEL.search(head) or MODEL.search(tail)  # behind the vectors of an embedding
@@ -63,8 +67,9 @@ class Metrics:
             return 0, 0, 0.0
         name = model[1].decode(errors="replace")
         label = bounded(self._models, name)
-        self._counts["osp_tokens_total", label, "prompt"] += prompt
-        self._counts["osp_tokens_total", label, "answer"] += answer
+        user = bounded(self._users, user)
+        self._counts["osp_tokens_total", label, "prompt", user] += prompt
+        self._counts["osp_tokens_total", label, "answer", user] += answer
         return prompt, answer, last_number(tail, (b'"eval_duration":',)) / 1e9
 
     def activated(self, agent: str) -> None:

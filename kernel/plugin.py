@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from kernel.agent import BaseAgent, Context
-from kernel.config import PluginsConfig, Seconds, Settings, build, convert
+from kernel.config import PluginsConfig, Seconds, Settings, build, convert, resolved
 from kernel.dialects import loads
 from kernel.errors import ConfigError, PluginLoadError
 
@@ -187,24 +187,8 @@ def read_config(plugin: Plugin, table: Any, environ: Mapping[str, str]) -> Agent
     settings = dict(config.settings)
     for key, value in settings.items():
         with located(place if key in table.get("settings", ()) else file):
-            settings[key] = resolved(value, environ)
+            settings[key] = resolved(value, environ, "settings")
     return replace(config, settings=settings)
-
-
-def resolved(value: Any, environ: Mapping[str, str]) -> Any:
-    """Return a setting with the environment's value for each text "$NAME" in it.
-
-    Raises ConfigError for a name that is not set there.
-    """
-    if isinstance(value, dict):
-        return {key: resolved(item, environ) for key, item in value.items()}
-    if isinstance(value, list):
-        return [resolved(item, environ) for item in value]
-    if isinstance(value, str) and re.fullmatch(r"\$[A-Za-z_]\w*", value):
-        if value[1:] not in environ:
-            raise ConfigError(f"settings: {value} is not set in the environment")
-        return environ[value[1:]]
-    return value
 
 
 def layered(below: AgentConfig, table: Any, where: str, folder: Path) -> AgentConfig:

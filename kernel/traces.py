@@ -85,14 +85,22 @@ class Traces:
 
         return received, sent
 
-    def find(self, request_id: str) -> RequestInfo | None:
-        """Return a request, the latest of that id."""
-        traces = [*self.running.values(), *reversed(self.latest)]
-        return next((each for each in traces if each.request_id == request_id), None)
+    def seen_by(self, viewer: RequestInfo) -> tuple[list[RequestInfo], list[RequestInfo]]:
+        """Return what runs and what ended, the newest first; a key with limits sees its own."""
+        running, ended = [*self.running.values()], [*reversed(self.latest)]
+        if viewer.key.is_limited:
+            running = [one for one in running if one.user == viewer.user]
+            ended = [one for one in ended if one.user == viewer.user]
+        return running, ended
 
-    def cancel(self, request_id: str) -> bool:
+    def find(self, request_id: str, viewer: RequestInfo) -> RequestInfo | None:
+        """Return a request that `viewer` may see, the latest of that id."""
+        running, ended = self.seen_by(viewer)
+        return next((one for one in running + ended if one.request_id == request_id), None)
+
+    def cancel(self, request_id: str, viewer: RequestInfo) -> bool:
         """Stop a request as if its client had left; tell whether it runs."""
-        known = self.find(request_id)
+        known = self.find(request_id, viewer)
         if known is None or known.task is None:
             return False
         known.stopping = True

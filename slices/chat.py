@@ -33,6 +33,7 @@ from starlette.types import Receive, Scope, Send
 
 from kernel import client as upstream
 from kernel import dialects, errors, relay, tools
+from kernel.access import check_model, may_use
 from kernel.agent import (
     REMINDER,
     RUNNER_FIELDS,
@@ -152,24 +153,27 @@ class Chat:
         """
         if scope["method"] in NO_TEXT:
             return None
-        body, guarded = None, bool(self.registry.guards(None))
+        known = info(scope)
+        body, strict = None, bool(self.registry.guards(None) or known.key.models)
         if scope["method"] == "POST" and not info(scope).foreign:
             body = await relay.Upload.of(scope, receive).read(self.max_body)
-        request, payload = self.parse(body, strict=guarded)
+        request, payload = self.parse(body, strict=strict)
         if payload is None:
             info(scope).hint(FOREIGN if info(scope).foreign else UNREAD)
             self.registry.check_guards(None)
+            check_model(known, None)
             return None
-        model = info(scope).model = request["model"]
+        model = known.model = request["model"]
+        check_model(known, model)
         if self.dialect.is_load(payload):
-            if guarded and not is_loading(request):
+            if strict and not is_loading(request):
                 self.registry.check_guards(self.presets.names(model))
-            return Turn(self, request, payload, scope) if guarded else None
+            return Turn(self, request, payload, scope) if strict else None
         preset = self.presets.find(model)
         header = self.spelled("X-OSP-Agents", info(scope).commands)
         standing = self.spelled(f"the preset {model}", preset.agents) if preset else []
         always = self.registry.always(self.presets.names(model))
-        if not (header or standing or always or guarded or self.is_typed(payload, scope)):
+        if not (header or standing or always or strict or self.is_typed(payload, scope)):
             return None
         request, payload = self.parse(body, strict=True)
         if payload is None:
@@ -238,12 +242,14 @@ class Chat:
             return turn
         typed = self.strip(turn)
         turn.asked = {command.name for command in [*header, *typed]}
+        if barred := [n for n in turn.asked - {EXPLAIN, HELP} if not may_use(info(turn.scope), n)]:
+            raise errors.NotAllowed(f"the key {info(turn.scope).user} may not use /{min(barred)}")
         commands = [*header, *standing, *typed]
         turn.explain = any(command.name == EXPLAIN for command in commands)
         turn.commands = unique([c for c in commands if c.name not in (EXPLAIN, HELP)])
         about = [command.arguments for command in commands if command.name == HELP]
         if about:
-            turn.say(self.help(about[0]))
+            turn.say(self.help(turn, about[0]))
         else:
             self.enlist(turn, always, {(c.name, c.arguments) for c in [*header, *standing]})
         return turn
@@ -314,15 +320,16 @@ class Chat:
             except errors.BadRequest as exc:
                 if command and (command.name, command.arguments) in spelled:
                     raise
-                turn.say(f"{exc}\n\n{self.help(plugin.name)}")
+                turn.say(f"{exc}\n\n{self.help(turn, plugin.name)}")
                 return turn.runs.clear()  # no other agent changes this
             turn.enlist(plugin, arguments, command, always)
         for run in turn.runs:
             run.context.agents = tuple(each.plugin.name for each in turn.runs)
 
-    def help(self, name: str) -> str:
-        plugins = self.registry.plugins
-        return help_text([plugins[name]] if name else plugins.values(), self.typed.prefix)
+    def help(self, turn: Turn, name: str) -> str:
+        plugins, known = self.registry.plugins, info(turn.scope)
+        meant = [name] if name else [name for name in plugins if may_use(known, name)]
+        return help_text([plugins[name] for name in meant], self.typed.prefix)
 
     # 2. Run the request hooks, and get an answer
 
@@ -359,7 +366,7 @@ class Chat:
             answer = None if turn.reply is None else await said(turn.reply)
             turn.say(await asyncio.to_thread(explanation, trace, turn, answer))
         elif turn.reply is None and turn.commands and is_bare(turn.payload):
-            turn.say(self.help(turn.commands[0].name))
+            turn.say(self.help(turn, turn.commands[0].name))
         elif turn.reply is None and turn.waiting and turn.continuation:
             await self.resume(turn)
 

@@ -66,7 +66,8 @@ async def page(
     keys: bool,
     request: Request,
 ) -> HTMLResponse:
-    shown = [] if keys and not info(request.scope).user else [*map(about, reversed(traces.latest))]
+    viewer = info(request.scope)
+    shown = [] if keys and not viewer.user else map(about, traces.seen_by(viewer)[1])
     return HTMLResponse(f"{source[0]}{''.join(map(row, shown))}{source[2]}", headers=headers)
 
 

@@ -1,7 +1,8 @@
 """Traces: GET /traces, what runs and what the latest requests did, and one of them, whole.
 
-Texts are kept only with `page.bodies = true`. They are for those who have a key and, where none is
-needed, for this machine. `POST /traces/ID/stop` ends a request that runs.
+A key with limits sees its own requests. Texts are kept only with `page.bodies = true`. They are for
+those who have a key and, where none is needed, for this machine. `POST /traces/ID/stop` ends a
+request that runs.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from kernel.access import is_operator
 from kernel.client import OllamaClient
 from kernel.dialects import dumps
 from kernel.errors import UpstreamError
+from kernel.log import RequestInfo, info
 from kernel.models import canonical
 from kernel.readable import answer
 from kernel.traces import Traces, about, whole
@@ -53,16 +55,17 @@ class Endpoint:
         if unknown:
             text = f"unknown filter {unknown[0]!r}; known are {', '.join(FILTERS)}"
             return answer(request, {"error": text}, 400)
-        finished = [about(trace) for trace in reversed(self.traces.latest)]
-        running = await self.running()
+        traces, ended = self.traces.seen_by(info(request.scope))
+        finished = [*map(about, ended)]
+        running = await self.running(traces)
         body: Shown = {"now": time.time(), "bodies": self.traces.config.bodies}
         body |= {"running": [each for each in running if fits(each, asked)]}
         body |= {"finished": [each for each in finished if fits(each, asked)]}
         return answer(request, body)
 
-    async def running(self) -> list[Shown]:
-        """Return what runs; where the model is not in memory, a request waits for that."""
-        shown = [about(trace) for trace in self.traces.running.values()]
+    async def running(self, traces: list[RequestInfo]) -> list[Shown]:
+        """Return what is told of them; where the model is not in memory, one waits for that."""
+        shown = [*map(about, traces)]
         waiting = [each for each in shown if each["phase"] == relay.WAITING and each["model"]]
         if waiting:
             loaded = await self.loaded()
@@ -81,14 +84,16 @@ class Endpoint:
             return None
 
     async def one(self, request: Request) -> Response:
-        trace = self.traces.find(request.path_params["id"])
+        viewer = info(request.scope)
+        trace = self.traces.find(request.path_params["id"], viewer)
         if trace is None:
             return answer(request, {"error": "there is no such request any more"}, 404)
-        return answer(request, whole(trace, texts=is_operator(request.scope)))
+        texts = is_operator(request.scope) or viewer.key.is_limited  # which sees its own alone
+        return answer(request, whole(trace, texts=texts))
 
     async def stop(self, request: Request) -> Response:
         name = request.path_params["id"]
-        if self.traces.cancel(name):
+        if self.traces.cancel(name, info(request.scope)):
             return answer(request, {"stopped": name})
         return answer(request, {"error": "there is no such request that runs"}, 404)
 
@@ -104,10 +109,9 @@ class Stream:
         await relay.start(send, 200, headers)
         since = time.time()
         while True:
-            now, traces = time.time(), self.endpoint.traces
-            ended = [each for each in reversed(traces.latest) if each.ended >= since]
-            body: Shown = {"now": now, "running": await self.endpoint.running()}
-            body |= {"finished": [*map(about, ended)]}
+            now, (running, ended) = time.time(), self.endpoint.traces.seen_by(info(scope))
+            body: Shown = {"now": now, "running": await self.endpoint.running(running)}
+            body |= {"finished": [about(each) for each in ended if each.ended >= since]}
             since = now
             await relay.send_chunk(send, b"data: " + dumps(body) + b"\n\n")
             await asyncio.sleep(TICK)

@@ -24,7 +24,7 @@ from typing import Any
 
 import pytest
 
-from kernel.config import HOME, Config, PluginsConfig, ServerConfig, load
+from kernel.config import HOME, Config, Key, PluginsConfig, ServerConfig, load
 from kernel.plugin import scan
 
 ENVIRONMENT = {"environ", "environb", "getenv", "getenvb"}
@@ -375,6 +375,7 @@ class Without(ast.NodeTransformer):
         return self.generic_visit(node)
 
 
+KEY = {"OSP_KEY_LAPTOP": "12345678"}
 SETTING = re.compile(r"^#(?! |$)", re.MULTILINE)  # prose has a space behind the sign
 
 
@@ -383,16 +384,18 @@ def test_the_example_of_osp_toml_has_every_setting_and_sets_nothing_by_itself(
 ) -> None:
     example, file = (HOME / "osp.example.toml").read_text(encoding="utf-8"), tmp_path / "osp.toml"
     file.write_text(SETTING.sub("", example), encoding="utf-8")
-    table, config = tomllib.loads(file.read_text(encoding="utf-8")), load(file, {}, {})
+    table, config = tomllib.loads(file.read_text(encoding="utf-8")), load(file, KEY, {})
 
     server, plugins = ServerConfig(data=tmp_path / "data"), tmp_path / "plugins"
     assert config == Config(
         server=server,
         plugins=PluginsConfig(dirs=(plugins,)),
+        keys={"laptop": Key("12345678")},
         presets=config.presets,
         agents=config.agents,
     )
-    for section in {*table} - {"presets", "agents"}:
+    assert list(table["keys"]["laptop"]) == [setting.name for setting in fields(Key)]
+    for section in {*table} - {"keys", "presets", "agents"}:
         known = [setting.name for setting in fields(getattr(config, section))]
         assert list(table[section]) == known
     assert {*table} == {section.name for section in fields(Config)}

@@ -307,7 +307,7 @@ async def test_the_keyboard_opens_and_closes_a_request(
 async def test_a_key_is_asked_for_sent_and_kept_for_this_tab_alone(
     browser: Browser, slow_url: str, agents: Path
 ) -> None:
-    keys: dict[str, Any] = {"access": {"keys": ["sesame"]}}
+    keys: dict[str, Any] = {"keys": {"me": {"key": "sesame"}}}
     async with (
         running(slow_url, agents, **keys) as client,
         opened(browser, client, "401") as page,

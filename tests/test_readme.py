@@ -27,6 +27,7 @@ INSTALL, UV, ASK, REAL, OLLAMA_RUN, TEST = re.findall(r"```sh\n(.*?)```", README
 TABLES = re.findall(r"```toml\n(.*?)```", README + GUIDE, re.DOTALL)
 (AGENT,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
 URL = "http://127.0.0.1:11435"
+KEYS = {"OSP_KEY_LAPTOP": "laptop-1", "OSP_KEY_KIDS": "kids-0001"}
 LEFT_OUT = shutil.ignore_patterns(".git", ".venv*", ".*_cache", "__pycache__", "data", "build")
 
 
@@ -85,9 +86,9 @@ def test_uv_runs_it_as_it_is(clone: Path) -> None:
 def test_every_piece_of_osp_toml_is_one_that_counts(tmp_path: Path, toml: str) -> None:
     (tmp_path / "osp.toml").write_text(toml, encoding="utf-8")
 
-    config = load(tmp_path / "osp.toml", {}, {})
+    config = load(tmp_path / "osp.toml", KEYS, {})
 
-    assert config.agents or config.presets
+    assert config.agents or config.presets or config.keys
 
 
 def test_the_first_agent_is_ten_lines_that_work(clone: Path) -> None:

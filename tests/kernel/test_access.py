@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import json
+import re
 import socket
+from base64 import b64encode
 from collections.abc import AsyncIterator
 from dataclasses import replace
 from pathlib import Path
@@ -19,7 +21,18 @@ import osp
 from kernel.access import is_loopback
 from kernel.config import Config, build
 from kernel.server import SETTINGS, listen
-from tests.support import CHAT, FakeOllama, House, prompts, running, turn
+from tests.support import (
+    CHAT,
+    PATHS,
+    TAG,
+    FakeOllama,
+    House,
+    chat,
+    prompts,
+    running,
+    said,
+    turn,
+)
 
 OWN = ["/health", "/plugins", "/metrics", "/osp"]
 NEAR = ["", ":80", *"localhost LocalHost localhost:11435 a.localhost pi.local x.internal:1".split()]
@@ -216,7 +229,7 @@ async def test_a_preflight_is_ollamas_to_answer_and_needs_no_key(house: House, o
     house.ollama.answers(status=204, headers=[("access-control-allow-origin", origin), *vary])
     headers = {"Origin": origin, "Access-Control-Request-Method": "POST"}
 
-    async with house.open(access={"keys": ["sesame"]}) as client:
+    async with house.open(keys=keys("sesame")) as client:
         answer = await client.options(CHAT, headers=headers)
         plain = await client.options(CHAT, headers={"Origin": origin})
 
@@ -227,45 +240,160 @@ async def test_a_preflight_is_ollamas_to_answer_and_needs_no_key(house: House, o
     assert answer.headers.get_list("vary") == ["Origin", "Access-Control-Request-Method"]
 
 
-TEXT = "a key is needed here: Authorization: Bearer KEY, or x-api-key: KEY"
+FORMS = "send Authorization: Bearer KEY, x-api-key: KEY, or KEY as the password of Basic"
+TEXT = f"a key is needed here; {FORMS}"
 V1 = {"message": TEXT, "type": "api_error", "param": None, "code": None}
 ERRORS = {
-    **dict.fromkeys([CHAT, "/", "/health"], {"error": TEXT}),
+    **dict.fromkeys([CHAT, "/", "/plugins"], {"error": TEXT}),
     "/v1/models": {"error": V1},
     "/v1/messages": {
         "type": "error",
         "error": {"type": "authentication_error", "message": TEXT},
     },
 }
-WRONG = {"Authorization": "Bearer wrong"}, {"Authorization": "Basic sesame"}, {"x-api-key": "sesam"}
+WRONG = {
+    "Authorization": ["Bearer wrong", "Basic sesame", "Basic c2VzYW1lOg==", "Basic !", "Bearer"],
+    "x-api-key": ["sesam", "sesame1", ""],
+}
+RIGHT = [
+    ("Authorization", "Bearer sesame"),
+    ("authorization", "bearer  sesame"),
+    ("Authorization", "sesame"),
+    ("Authorization", f"Basic {b64encode(b'me:sesame').decode()}"),
+    ("Authorization", f"basic {b64encode(b':sesame').decode()}"),
+    ("X-Api-Key", "sesame"),
+    ("x-api-key", "o:t:h:e:r"),
+    ("Authorization", f"Basic {b64encode(b'other:o:t:h:e:r').decode()}"),
+]
+
+
+def keys(*secrets: str, **limits: Any) -> dict[str, Any]:
+    """Return a table of keys; each is called by its letters, and has these limits."""
+    return {re.sub("[^a-z]", "", key): {"key": key, **limits} for key in secrets}
 
 
 async def test_without_a_key_the_answer_is_a_401_in_the_dialect_of_the_path(house: House) -> None:
-    async with house.open(access={"keys": ["sesame", "other"]}) as client:
+    async with house.open(keys=keys("sesame", "o:t:h:e:r")) as client:
         for path, error in ERRORS.items():
-            for headers in ({}, *WRONG, {"x-api-key": ""}):
-                answer = await client.post(path, headers=headers)
-                assert (answer.status_code, answer.json()) == (401, error), path
+            answer = await client.post(path)
+            assert (answer.status_code, answer.json()) == (401, error), path
+            assert answer.headers["www-authenticate"] == "Bearer"
+        for name, values in WRONG.items():
+            for value in values:
+                answer = await client.post("/", headers={name: value})
+                text = f"the key that was sent is none of those in [keys]; {FORMS}"
+                assert (answer.status_code, answer.json()) == (401, {"error": text}), value
 
     assert house.ollama.asked == []
 
 
-@pytest.mark.parametrize(
-    ("name", "value"),
-    [("Authorization", "bearer sesame"), ("X-Api-Key", "sesame"), ("x-api-key", "öther")],
-)
+@pytest.mark.parametrize(("name", "value"), RIGHT)
 async def test_a_key_opens_and_goes_no_further(shouting: House, name: str, value: str) -> None:
     shouting.ollama.says(CHAT, "ok")
     headers = [(name.encode(), value.encode()), (b"X-Mine", b"1")]
 
-    async with shouting.open(access={"keys": ["sesame", "öther"]}) as client:
+    async with shouting.open(keys=keys("sesame", "o:t:h:e:r")) as client:
         for path, text in ((CHAT, "x"), (CHAT, "/shout x"), ("/api/nope", "x")):
             await client.post(path, json=turn(text), headers=headers)
+        traces = (await client.get("/traces", headers=headers)).json()["finished"]
+        metrics = (await client.get("/metrics", headers=headers)).text
 
+    user = "other" if "o:t" in value or "b3RoZX" in value else "sesame"
+    assert [trace["user"] for trace in traces] == [user] * 3
+    assert f'osp_requests_total{{route="/api/chat",status="200",user="{user}"}} 2' in metrics
     assert len(shouting.ollama.asked) == 3
     for asked in shouting.ollama.asked:
         names = {name for name, _ in asked.headers}
         assert "x-mine" in names and not {"authorization", "x-api-key"} & names
+
+
+async def test_of_two_keys_in_one_request_one_that_is_known_opens(house: House) -> None:
+    """Clients send a key of their own as Bearer, and take another header for the proxy's."""
+    house.ollama.answers()
+    headers = {"authorization": "Bearer ollama", "x-api-key": "sesame"}
+
+    async with house.open(keys=keys("sesame")) as client:
+        assert (await client.get("/api/tags", headers=headers)).status_code == 200
+
+
+@pytest.mark.parametrize("path", PATHS)
+async def test_a_key_may_ask_the_models_that_it_names(house: House, path: str) -> None:
+    house.ollama.says(path, "ok")
+    asked = {"x-api-key": "sesame"}
+
+    async with house.open(keys=keys("sesame", models=["small", "qwen*"])) as client:
+        for model in ("small", "Small:latest", "qwen3:4b"):
+            answer = await client.post(path, json=chat(path, "hi", model=model), headers=asked)
+            assert answer.status_code == 200
+        for model in ("small2", "smal", "small:8b", ""):
+            refused = await client.post(path, json=chat(path, "hi", model=model), headers=asked)
+            assert refused.status_code == 403
+            assert "the key sesame may ask small, qwen*, and not " in refused.text
+        for odd in (b'{"model": "small", "model": "big"}', b'{"MODEL": "big"}', b"", b"[]"):
+            refused = await client.post(path, content=odd, headers=asked)
+            assert (refused.status_code, "cannot be seen here" in refused.text) == (403, True)
+
+    assert len(house.ollama.asked) == 3
+
+
+ASKS = ["/api/generate", "/api/embed", "/v1/embeddings", "/v1/completions", "/api/show"]
+CLOSED_TO_SOME = ["/api/pull", "/api/create", "/api/copy", "/api/push", "/api/blobs/x", "/v1/new"]
+
+
+async def test_a_key_with_models_sends_nothing_else_that_may_ask_one(house: House) -> None:
+    house.ollama.answers()
+    asked = {"x-api-key": "sesame"}
+
+    async with house.open(keys=keys("sesame", models=["small"])) as client:
+        for path in ASKS:
+            body = {"model": "small", "prompt": "hi", "name": "big"}
+            assert (await client.post(path, json=body, headers=asked)).status_code == 200
+            for wrong in ({"model": "big"}, {"name": "small"}, {"Model": "big", "model": "small"}):
+                refused = await client.post(path, json=wrong, headers=asked)
+                assert refused.status_code == 403, (path, wrong)
+        for path in CLOSED_TO_SOME:
+            refused = await client.post(path, json={"model": "small"}, headers=asked)
+            assert refused.status_code == 403, path
+        assert (await client.get("/api/tags", headers=asked)).status_code == 200
+        gone = await client.request("DELETE", "/api/delete", json={"model": "small"}, headers=asked)
+        assert gone.status_code == 403
+
+    assert len(house.ollama.asked) == len(ASKS) + 1
+
+
+async def test_a_key_may_ask_for_the_agents_that_it_names(shouting: House) -> None:
+    shouting.ollama.says(CHAT, "ok")
+    shouting.add("note", TAG)
+    shouting.add("notary", TAG)
+    presets = {"loud": {"model": "demo", "agents": "/shout"}}
+
+    async with shouting.open(keys=keys("sesame", agents=["Note*"]), presets=presets) as client:
+        client.headers["x-api-key"] = "sesame"
+        for refused in (
+            await client.post(CHAT, json=turn("/shout x")),
+            await client.post(CHAT, json=turn("/explain /note /shout x")),
+            await client.post(CHAT, json=turn("x"), headers={"x-osp-agents": "/shout"}),
+        ):
+            text = "the key sesame may not use /shout"
+            assert (refused.status_code, refused.json()) == (403, {"error": text})
+        await client.post(CHAT, json=turn("/note x"))
+        helped = said((await client.post(CHAT, json=turn("/help"))).content)
+        await client.post(CHAT, json=turn("x", model="loud"))
+
+    assert shouting.sent == [["x <note"], ["X"]]
+    assert "/note" in helped and "/shout" not in helped
+
+
+async def test_a_path_may_be_closed_to_one_key_alone(house: House) -> None:
+    house.ollama.answers()
+    table = keys("sesame", deny=["/api/pull"]) | keys("other")
+
+    async with house.open(keys=table) as client:
+        for target in ("/api/pull", "/api/./pull/x"):
+            refused = await client.get(target, headers={"x-api-key": "sesame"})
+            assert refused.status_code == 403
+            assert refused.json() == {"error": "/api/pull is closed here to the key sesame"}
+            assert (await client.get(target, headers={"x-api-key": "other"})).status_code == 200
 
 
 async def test_without_keys_the_clients_own_credentials_reach_ollama(shouting: House) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from kernel.config import HOME, Config, Preset, Upstream, load, parse_upstream
+from kernel.config import HOME, Config, Key, Preset, Upstream, load, parse_upstream
 from kernel.errors import ConfigError
 
 
@@ -35,7 +35,8 @@ def test_without_anything_every_setting_has_its_default() -> None:
 def test_a_file_counts_key_by_key(tmp_path: Path) -> None:
     text = """
     server = {port = 1, shutdown = 2}
-    access = {keys = ["a", "b"]}
+    access = {deny = ["a", "b"]}
+    keys = {laptop = {key = "12345678", priority = 1}}
     chain = {notice = false}
     log = {level = "debug"}
     agents = {rag = {settings = {k = 6}}}
@@ -46,7 +47,8 @@ def test_a_file_counts_key_by_key(tmp_path: Path) -> None:
 
     assert (config.server.host, config.server.port) == ("127.0.0.1", 1)
     assert config.server.shutdown == 2.0 and type(config.server.shutdown) is float
-    assert config.access.keys == ("a", "b")
+    assert config.access.deny == ("a", "b")
+    assert config.keys == {"laptop": Key("12345678", priority=1.0)}
     assert (config.chain.notice, config.log.level) == (False, "debug")
     assert config.agents == {"rag": {"settings": {"k": 6}}}
     assert config.presets == {"notes": Preset("m", options={"num_ctx": 1})}
@@ -63,8 +65,8 @@ def test_a_file_counts_key_by_key(tmp_path: Path) -> None:
         ("OSP_SERVER_DATA", "~/osp", "server", Path.home() / "osp"),
         ("OSP_CHAIN_NOTICE", "false", "chain", False),
         ("OSP_COMMANDS_PREFIX", "", "commands", ""),
-        ("OSP_ACCESS_KEYS", "a, b ,,c", "access", ("a", "b", "c")),
-        ("OSP_ACCESS_KEYS", "", "access", ()),
+        ("OSP_ACCESS_DENY", "a, b ,,c", "access", ("a", "b", "c")),
+        ("OSP_ACCESS_DENY", "", "access", ()),
         ("OSP_PLUGINS_DIRS", "/a,b", "plugins", (Path("/a"), Path.cwd() / "b")),
         ("OSP_PLUGINS_ONLY", "rag", "plugins", ("rag",)),
         ("OSP_PLUGINS", "rag,translate", "plugins", ("rag", "translate")),
@@ -174,11 +176,50 @@ def test_bytes_that_are_no_text_and_a_missing_file_are_said_with_its_name(tmp_pa
             load(tmp_path / name, {}, {})
 
 
-@pytest.mark.parametrize("keys", ["'4711'", "4711", "[4711]", "['a', ['4711']]", "{a = '4711'}"])
-def test_a_key_of_the_wrong_type_is_not_shown(tmp_path: Path, keys: str) -> None:
-    message = complaint(tmp_path, f"access = {{keys = {keys}}}")
+KEYS = """
+[keys.a]
+key = "0123456789"
+[keys.b]
+key = {}
+"""
 
-    assert message.startswith("osp.toml: access: keys: ") and "4711" not in message
+
+@pytest.mark.parametrize(
+    ("key", "message"),
+    [
+        ("4711", f"keys.b: key: this {WRONG} a string"),
+        ("['4711']", f"keys.b: key: this {WRONG} a string"),
+        ("'short'", "keys.b: key: this must be 8 or more visible signs: `python osp.py key NAME`"),
+        ("'with a space'", "keys.b: key: this must be 8 or more visible signs"),
+        ("'schlüssel'", "keys.b: key: this must be 8 or more visible signs"),
+        ("''", "keys.b: key: this must be 8 or more visible signs"),
+        ("'0123456789'", "keys.b: key: a has the same: `python osp.py key NAME` prints a fresh"),
+        ("'$OSP_KEY_B'", "keys.b: $OSP_KEY_B is not set in the environment"),
+        ("'12345678'\nmodel = 'x'", "keys.b: unknown key 'model'; known are key, models, agents,"),
+        ("'12345678'\npriority = nan", f"keys.b: priority: this {WRONG} finite"),
+        ("'12345678'\n[keys.'c d']\nkey = '87654321'", "keys.c d: letters, digits, _ and - can"),
+    ],
+)
+def test_a_wrong_key_is_named_and_not_shown(tmp_path: Path, key: str, message: str) -> None:
+    said = complaint(tmp_path, KEYS.format(key))
+
+    assert said.startswith(f"osp.toml: {message}")
+    assert not any(secret in said for secret in ("4711", "short", "0123", "schl", "space"))
+
+
+def test_keys_in_the_place_of_the_table_are_not_shown(tmp_path: Path) -> None:
+    for text in ("keys = ['4711']", "keys = '4711'", "[keys]\na = '4711'"):
+        assert "4711" not in complaint(tmp_path, text)
+
+
+def test_a_key_may_stand_in_the_environment(tmp_path: Path) -> None:
+    config = load_text(tmp_path, KEYS.format("'$MINE'"), MINE="abcdefgh")
+
+    assert {name: key.key for name, key in config.keys.items()} == {
+        "a": "0123456789",
+        "b": "abcdefgh",
+    }
+    assert "abcdefgh" not in repr(config)
 
 
 ADDRESSES = {  # as envconfig.Host in Ollama's sources reads them

@@ -78,12 +78,12 @@ async def test_neither_prompt_nor_answer_nor_key_nor_query_is_logged(
     house.ollama.answers(line("sesame"), done("sesame"), headers=[("x-theirs", "sesame")])
     target, body = f"{path}?key=sesame", turn(text.format("sesame"))
 
-    async with house.open(access={"keys": ["sesame", "other"]}) as client:
+    async with house.open(keys={"me": {"key": "sesame"}, "you": {"key": "other"}}) as client:
         for key in ("sesame", "no sesame"):
             headers = {"Authorization": f"Bearer {key}", "Cookie": "sesame"}
             await client.post(target, json=body, headers=headers)
 
-    assert len(requests(caplog)) == 2
+    assert [fields.get("user") for fields in requests(caplog)] == ["me", None]
     assert not [text for text in formatted(caplog, "httpcore", "httpx") if "sesame" in text]
 
 

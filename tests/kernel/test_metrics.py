@@ -76,7 +76,7 @@ async def test_requests_are_counted_by_route_and_status(demo_url: str, plugins: 
     one = [("/v1/models/{name:path}", 200), ("/v1/models/{name:path}", 404), ("/health", 200)]
     one += [("/api/embed", 403), ("/api/chat", 404)]
     expected = dict.fromkeys(one, 1) | {("/api/tags", 200): 2, ("other", 404): 2}
-    text = 'osp_requests_total{route="%s",status="%d"}'
+    text = 'osp_requests_total{route="%s",status="%d",user=""}'
     assert counts == {text % labels: number for labels, number in expected.items()}
 
 
@@ -122,8 +122,8 @@ async def test_tokens_are_ollamas_own_count(
     heard = int(found.get("prompt_eval_count") or found["prompt_tokens"])
     spoken = int(found.get("eval_count") or found.get("completion_tokens") or 0)
     model = body["model"]
-    assert seen[f'osp_tokens_total{{model="{model}",kind="prompt"}}'] == 2 * heard > 0
-    assert seen[f'osp_tokens_total{{model="{model}",kind="answer"}}'] == 2 * spoken
+    assert seen[f'osp_tokens_total{{model="{model}",kind="prompt",user=""}}'] == 2 * heard > 0
+    assert seen[f'osp_tokens_total{{model="{model}",kind="answer",user=""}}'] == 2 * spoken
 
 
 def events(*usages: int) -> bytes:
@@ -150,8 +150,8 @@ async def test_only_the_last_count_of_an_answer_counts(house: House, frames: lis
         await client.post("/v1/completions", json={"model": "m", "prompt": "x"})
         seen = await numbers(client)
 
-    assert seen['osp_tokens_total{model="m",kind="answer"}'] == 7
-    assert seen['osp_tokens_total{model="m",kind="prompt"}'] == 7
+    assert seen['osp_tokens_total{model="m",kind="answer",user=""}'] == 7
+    assert seen['osp_tokens_total{model="m",kind="prompt",user=""}'] == 7
 
 
 async def test_without_counters_of_ollamas_no_tokens_are_counted(house: House) -> None:
@@ -219,8 +219,8 @@ def test_of_models_fifty_have_a_name_and_the_rest_are_other() -> None:
 
     counts = {n: v for n, v in parsed(metrics.text()).items() if 'kind="answer"' in n}
     assert len(counts) == NAMES + 1 == 51
-    assert counts['osp_tokens_total{model="other",kind="answer"}'] == 20
-    assert counts['osp_tokens_total{model="m0",kind="answer"}'] == 4
+    assert counts['osp_tokens_total{model="other",kind="answer",user=""}'] == 20
+    assert counts['osp_tokens_total{model="m0",kind="answer",user=""}'] == 4
 
 
 @pytest.mark.parametrize(

@@ -72,3 +72,18 @@ async def test_what_is_silent_or_no_ollama_is_a_503_in_time(
 
     assert answer.status_code == 503
     assert answer.json()["upstream"]["error"].startswith(error)
+
+
+async def test_where_a_key_is_needed_the_status_alone_is_told_without_one(
+    demo_url: str, plugins: Path
+) -> None:
+    keys = {"me": {"key": "sesame"}}
+    async with running(demo_url, plugins, keys=keys) as client:
+        whole = await client.get("/health", headers={"x-api-key": "sesame"})
+        for path in ("/health", "/health?live"):
+            assert (await client.get(path)).json() == {"status": "ok"}
+    async with running("127.0.0.1:1", plugins, keys=keys) as client:
+        answer = await client.get("/health")
+
+    assert list(whole.json()) == ["status", "upstream", "agents"]
+    assert (answer.status_code, answer.json()) == (503, {"status": "error"})

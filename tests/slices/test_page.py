@@ -97,7 +97,7 @@ async def test_hostile_texts_stay_texts(house: House) -> None:
 async def test_where_a_key_is_needed_the_page_comes_without_and_is_empty(
     house: House, headers: dict[str, str], shown: list[str]
 ) -> None:
-    async with house.open(access={"keys": ["sesame"]}) as client:
+    async with house.open(keys={"me": {"key": "sesame"}}) as client:
         body = chat(CHAT, "x", model="secret")
         await client.post(CHAT, json=body, headers={"x-api-key": "sesame"})
         page = await client.get("/osp", headers=headers)
@@ -108,7 +108,7 @@ async def test_where_a_key_is_needed_the_page_comes_without_and_is_empty(
 
 
 async def test_only_a_get_of_the_page_is_answered_and_a_closed_page_is_closed(house: House) -> None:
-    async with house.open(access={"keys": ["sesame"]}) as client:
+    async with house.open(keys={"me": {"key": "sesame"}}) as client:
         sent = await client.post("/osp")
     async with house.open(access={"deny": ["/osp"]}) as client:
         closed = await client.get("/osp")

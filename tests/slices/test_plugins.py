@@ -10,7 +10,7 @@ import pytest
 
 import demo
 import osp
-from kernel.config import AccessConfig, Config, PluginsConfig, ServerConfig, UpstreamConfig
+from kernel.config import Config, Key, PluginsConfig, ServerConfig, UpstreamConfig
 from kernel.server import SETTINGS
 from tests.support import running, turn, write_agent
 
@@ -102,13 +102,13 @@ async def test_the_text_of_an_error_is_for_who_has_a_key_or_is_on_this_machine(
     demo_url: str, plugins: Path, address: str, user: str
 ) -> None:
     folder = write_agent(plugins, "bad", FAILS)
-    keys = ("key",) if user else ()
+    keys = {user: Key("key")} if user else {}
     headers = {"authorization": "Bearer key"} if user else {}
     config = Config(
         server=ServerConfig(data=plugins.parent / "data"),
         upstream=UpstreamConfig(url=demo_url),
         plugins=PluginsConfig(dirs=(plugins,)),
-        access=AccessConfig(keys=keys),
+        keys=keys,
     )
     app = osp.create_app(config)
 

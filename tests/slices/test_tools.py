@@ -569,7 +569,7 @@ async def test_yes_counts_for_the_one_who_was_asked_and_for_agents_that_are_here
     house: House,
 ) -> None:
     house.write("asks", ASKS)
-    keys = {"access": {"keys": ["ada", "bob"]}}
+    keys = {"keys": {"a": {"key": "ada"}, "b": {"key": "bob"}}}
     house.ollama.says_in_turn(CHAT, calling(CHAT, "", WRITES), calling(CHAT, "Done."), stream=True)
 
     async def ask(key: str, *history: Any) -> str:

@@ -362,3 +362,38 @@ async def test_a_browser_gets_a_page_that_it_can_show_and_that_runs_nothing(
     assert "default-src 'none'" in page.headers["content-security-policy"]
     assert "<img" not in page.text and (path == "/health" or "&lt;img" in page.text)
     assert data.headers["content-type"] == "application/json" and data.json()
+
+
+async def test_a_key_with_limits_sees_and_stops_its_own_requests_alone(house: House) -> None:
+    table: dict[str, dict[str, Any]] = {
+        "own": {"key": "secret-1"},
+        "kid": {"key": "secret-2", "agents": ["note"]},
+        "sis": {"key": "secret-3", "deny": ["/api/pull"]},
+    }
+    own, kid, sis = ({"x-api-key": key["key"]} for key in table.values())
+    house.ollama.answers(line("hi"), done())
+
+    async with house.open(keys=table, **TEXTS) as client:
+        for key in (own, kid, sis):
+            await client.post(CHAT, json=chat(CHAT, "x"), headers=key)
+        ids: dict[str, str] = {}
+        for name, key, users in (("own", own, ["sis", "kid", "own"]), ("kid", kid, ["kid"])):
+            listed = (await client.get("/traces", headers=key)).json()["finished"]
+            rows = (await client.get("/osp", headers=key)).text
+            assert [trace["user"] for trace in listed] == users, name
+            assert [user for user in table if f'">{user}<' in rows] == users[::-1]
+            ids |= {trace["user"]: trace["id"] for trace in listed}
+        its_own = await client.get(f"/traces/{ids['kid']}", headers=kid)
+        theirs = await client.get(f"/traces/{ids['sis']}", headers=kid)
+        assert '"x"' in its_own.json()["request"] and theirs.status_code == 404
+
+        house.ollama.answers(line("hi"), before=house.ollama.pause)
+        house.ollama.arrived.clear()
+        late = asyncio.create_task(client.post(CHAT, json=chat(CHAT, "x"), headers=own))
+        await house.ollama.arrived.wait()
+        (runs,) = (await client.get("/traces", headers=own)).json()["running"]
+        assert (await client.get("/traces", headers=kid)).json()["running"] == []
+        stop = f"/traces/{runs['id']}/stop"
+        assert (await client.post(stop, headers=kid)).status_code == 404
+        assert (await client.post(stop, headers=own)).json() == {"stopped": runs["id"]}
+        assert (await late).status_code == 503
