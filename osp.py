@@ -54,6 +54,7 @@ from kernel.guards import Guards
 from kernel.metrics import Metrics
 from kernel.plugin import loaded
 from kernel.presets import Presets
+from kernel.queue import FairQueue
 from kernel.registry import PluginRegistry
 from kernel.reload import Reloader
 from kernel.server import SETTINGS, Paths, Server, check_loop, listen, url_of
@@ -95,9 +96,11 @@ def create_app(
     `loopback` says that only this machine can connect; `write` writes the line of each request.
     To remove a slice, or the metrics, traces, presets or access rules, delete their lines here.
     """
-    client = OllamaClient(parse_upstream(config.upstream.url), config.upstream.connect_timeout)
+    upstream, collector = config.upstream, Metrics()
+    queue = FairQueue(upstream.parallel, collector) if upstream.parallel else None
+    address = parse_upstream(upstream.url)
+    client = OllamaClient(address, upstream.connect_timeout, queue=queue)
     registry = registry or create_registry(config, {})
-    collector = Metrics()
     kept = Traces(config.page, client)
     presets = Presets(config.presets, config.server.data)
     limit = config.server.max_body

@@ -16,10 +16,13 @@ from asyncio.staggered import staggered_race
 from contextlib import aclosing
 from functools import partial
 from typing import Any, Self
+from urllib.parse import unquote_to_bytes
 
 from kernel.config import Upstream
 from kernel.connection import Answer, Body, Connection, Headers, request_head
 from kernel.errors import UpstreamConnectionError, UpstreamError, UpstreamTimeout
+from kernel.log import RequestInfo
+from kernel.queue import FairQueue
 
 KEPT = 64  # idle connections
 NEXT_ADDRESS = 0.25  # seconds until the next address of a name is tried, too (RFC 8305)
@@ -40,12 +43,22 @@ FAILURES: list[tuple[Any, str]] = [
 
 
 class OllamaClient:
-    """One upstream; leave it to close the idle connections. Times are in seconds."""
+    """One upstream; leave it to close the idle connections. Times are in seconds.
 
-    def __init__(self, upstream: Upstream, connect_timeout: float, keep: float = 60.0) -> None:
+    In `queue` wait the requests that ask a model.
+    """
+
+    def __init__(
+        self,
+        upstream: Upstream,
+        connect_timeout: float,
+        keep: float = 60.0,
+        queue: FairQueue | None = None,
+    ) -> None:
         self.upstream = upstream
         self._connect_timeout = connect_timeout
         self._keep_seconds = keep
+        self._queue = queue
         self._host = (b"host", upstream.authority.encode())
         self._base = upstream.base.encode()
         self._ssl = ssl.create_default_context() if upstream.scheme == "https" else None
@@ -61,14 +74,32 @@ class OllamaClient:
             self._idle.pop().transport.abort()
 
     async def forward(
-        self, method: str, target: bytes, headers: Headers, body: Body = None
+        self,
+        method: str,
+        target: bytes,
+        headers: Headers,
+        body: Body = None,
+        known: RequestInfo | None = None,
     ) -> Answer:
         """Send a request as it is and return when its answer begins.
 
         `target` is the raw path and query; Host is added. A body that comes in pieces gets a new
-        connection. Raises UpstreamConnectionError, UpstreamTimeout or UpstreamError; what iterating
-        over `body` raises comes out unchanged.
+        connection. Where there is a queue, `known` waits for its turn to ask a model, and has a
+        place until the answer is complete or closed. Raises UpstreamConnectionError,
+        UpstreamTimeout or UpstreamError; what iterating over `body` raises comes out unchanged.
         """
+        if not (self._queue and known and method == "POST" and asks_model(target)):
+            return await self._send(method, target, headers, body)
+        leave = await self._queue.enter(known)
+        try:
+            answer = await self._send(method, target, headers, body)
+        except BaseException:
+            leave()
+            raise
+        answer.at_end(leave)
+        return answer
+
+    async def _send(self, method: str, target: bytes, headers: Headers, body: Body) -> Answer:
         repeatable = method in SAFE or target.partition(b"?")[0] in REPEATABLE
         streams = not (body is None or isinstance(body, bytes))
         kept = None if streams else self._kept(quiet=not repeatable)
@@ -97,22 +128,26 @@ class OllamaClient:
         except (LookupError, TypeError) as exc:
             raise UpstreamError(f"what answers at {self.upstream.url} is not Ollama") from exc
 
-    async def ask(self, path: str, body: dict[str, Any] | None = None) -> Any:
+    async def ask(
+        self, path: str, body: dict[str, Any] | None = None, known: RequestInfo | None = None
+    ) -> Any:
         """GET `path`, or POST `body` to it, and return the JSON of the answer.
 
         Raises UpstreamError, with Ollama's own text when the status is not 200.
         """
-        content = await whole(await self.stream(path, body))
+        content = await whole(await self.stream(path, body, known))
         try:
             return json.loads(content)
         except ValueError as exc:
             raise UpstreamError(f"{path} answered something other than JSON: {exc}") from exc
 
-    async def stream(self, path: str, body: dict[str, Any] | None = None) -> Answer:
+    async def stream(
+        self, path: str, body: dict[str, Any] | None = None, known: RequestInfo | None = None
+    ) -> Answer:
         """Ask as `ask` does, and return the answer as it comes; the caller closes it."""
         method, data = ("GET", None) if body is None else ("POST", json.dumps(body).encode())
         headers = [(b"accept-encoding", b"identity"), (b"content-type", b"application/json")]
-        answer = await self.forward(method, path.encode(), headers, data)
+        answer = await self.forward(method, path.encode(), headers, data, known)
         if answer.status == 200:
             return answer
         text = (await whole(answer))[:500].decode(errors="replace")
@@ -164,6 +199,12 @@ class OllamaClient:
             raise error(text.format(url=to.url, exc=exc)) from exc
         connection: Connection = winner[1]
         return connection
+
+
+def asks_model(target: bytes) -> bool:
+    """Tell whether a POST to a raw path and query makes a model work."""
+    path = unquote_to_bytes(target.partition(b"?")[0])
+    return path != b"/api/show" and (path in REPEATABLE or path == b"/v1/images/generations")
 
 
 async def whole(answer: Answer) -> bytes:

@@ -102,6 +102,7 @@ class Answer:
     began = False  # a byte of it has come
     headers: Headers  # in order, duplicates included; names in lower case
 
+    _at_end: Callable[[], None] | None = None
     _upload: asyncio.Task[None] | None = None  # sends the body, until it is sent whole
     _continued: asyncio.Future[None] | None = None  # "100 Continue" has come
     _waiter: asyncio.Future[None] | None = None
@@ -162,6 +163,15 @@ class Answer:
                 connection.keep(connection)
             else:
                 connection.transport.abort()
+            if self._at_end:
+                self._at_end()
+
+    def at_end(self, call: Callable[[], None]) -> None:
+        """Have `call` called once the exchange has ended; now, if it has."""
+        if self._connection:
+            self._at_end = call
+        else:
+            call()
 
     # The request
 

@@ -40,6 +40,7 @@ PLAIN = re.compile(r"[\w.:/;+-]+", re.ASCII)
 LONGEST = 500  # characters of a path or a model's name in the log: the client chooses both
 TAIL = 1024  # Ollama's token counters are within the last bytes of an answer
 STOPPED = "the server stops"  # what a cancellation says that is not a client's leaving
+QUEUED, WAITING = "waiting for its turn", "waiting for the model"  # phases of a request
 OUTCOMES: dict[type[BaseException], str] = {  # of what ends a request early; all else "failed"
     CancelledError: "client_closed",  # the server cancels the request of a client that left
     ClientDisconnected: "client_closed",
@@ -98,6 +99,7 @@ class RequestInfo:
     first = 0.0  # seconds until the answer began
     tokens: Tokens = (0, 0, 0.0)
     answered: Headers = []  # headers of the answer
+    places = 0  # that it has among those that ask a model
     pieces = 0  # lines of the answer that were sent
     full = False  # the prompt filled the model's context
     steps: tuple[Step, ...] = ()  # what request hooks did
@@ -113,7 +115,8 @@ class RequestInfo:
         self.noted: dict[bytes, list[bytes]] = {}  # values of those in NOTED
 
     def enter(self, phase: str) -> None:
-        self.phases = (*self.phases, (phase, time.perf_counter()))
+        if not self.seconds:
+            self.phases = (*self.phases, (phase, time.perf_counter()))
 
     def hint(self, text: str) -> None:
         """Say why something did not happen that somebody may have wanted."""

@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import json
 import re
+import time
 from bisect import bisect_left
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from itertools import accumulate
 
 HELP = {  # name: (type, text, label)
@@ -18,6 +20,8 @@ HELP = {  # name: (type, text, label)
     "osp_request_seconds": ("histogram", "Time until the last byte", ("route",)),
     "osp_first_byte_seconds": ("histogram", "Time until the answer began", ("route",)),
     "osp_tokens_total": ("counter", "Tokens, by Ollama's own count", ("model", "kind", "user")),
+    "osp_waiting_requests": ("gauge", "Requests that wait for their turn", ("user",)),
+    "osp_waiting_seconds": ("histogram", "Time until a request had its turn", ("user",)),
     "osp_agents_activated_total": ("counter", "Requests in which an agent took part", ("agent",)),
     "osp_agent_failures_total": ("counter", "Hooks that failed", ("agent",)),
     "osp_agent_seconds": ("histogram", "Time spent in an agent's hooks", ("agent",)),
@@ -71,6 +75,17 @@ class Metrics:
         self._counts["osp_tokens_total", label, "prompt", user] += prompt
         self._counts["osp_tokens_total", label, "answer", user] += answer
         return prompt, answer, last_number(tail, (b'"eval_duration":',)) / 1e9
+
+    @contextmanager
+    def waiting(self, user: str) -> Iterator[None]:
+        """Count a request that waits for its turn inside the block."""
+        user, began = bounded(self._users, user), time.perf_counter()
+        self._counts["osp_waiting_requests", user] += 1
+        try:
+            yield
+        finally:
+            self._counts["osp_waiting_requests", user] -= 1
+            self._observe("osp_waiting_seconds", user, time.perf_counter() - began)
 
     def activated(self, agent: str) -> None:
         self._counts["osp_agents_activated_total", agent] += 1

@@ -28,7 +28,6 @@ from kernel.log import HOP_BY_HOP, info
 Extra = Sequence[tuple[bytes, bytes]]  # headers of the proxy's own
 
 LENGTH = FRAMING[0]
-WAITING = "waiting for the model"  # a phase of a request
 
 
 async def forward(
@@ -48,7 +47,8 @@ async def forward(
             headers = [*headers, (b"expect", b"100-continue")]
     target = target_of(scope)
     info(scope).waits = True
-    async with aclosing(await client.forward(scope["method"], target, headers, body)) as answer:
+    sent = client.forward(scope["method"], target, headers, body, info(scope))
+    async with aclosing(await sent) as answer:
         await relay(answer, scope, send)
 
 

@@ -22,7 +22,7 @@ from kernel.client import OllamaClient
 from kernel.config import PageConfig
 from kernel.dialects.every import DIALECTS
 from kernel.errors import BrokenAnswer, Stopped, UpstreamError
-from kernel.log import Headers, RequestInfo
+from kernel.log import WAITING, Headers, RequestInfo
 from kernel.models import canonical
 
 logger = logging.getLogger(__name__)
@@ -212,7 +212,7 @@ def phases_of(known: RequestInfo) -> list[tuple[str, float]]:
     """Return the phases so far, each with its beginning."""
     if known.phases:
         return [("reading", known.start), *known.phases]
-    begun = [(relay.WAITING if known.waits else "reading", known.start)]
+    begun = [(WAITING if known.waits else "reading", known.start)]
     return begun + ([("streaming", known.start + known.first)] if known.first else [])
 
 

@@ -69,7 +69,7 @@ from kernel.dialects.every import DIALECTS
 from kernel.editor import Editor, FrameSplitter, Stage
 from kernel.guards import NO_TEXT, is_loading
 from kernel.hooks import Run, wrong
-from kernel.log import RequestInfo, Step, info
+from kernel.log import WAITING, RequestInfo, Step, info
 from kernel.metrics import Metrics
 from kernel.plugin import Plugin
 from kernel.presets import Presets
@@ -348,8 +348,9 @@ class Chat:
         headers = relay.request_headers(turn.scope, self.client)
         headers = [pair for pair in headers if pair[0] not in REPLACED]
         headers.append((b"accept-encoding", b"identity"))
-        info(turn.scope).enter(relay.WAITING)
-        return await self.client.forward("POST", relay.target_of(turn.scope), headers, body)
+        info(turn.scope).enter(WAITING)
+        target, known = relay.target_of(turn.scope), info(turn.scope)
+        return await self.client.forward("POST", target, headers, body, known)
 
     async def prepare(self, turn: Turn) -> None:
         """Run the request hooks: they change the payload, or reply. Raises Aborted."""
@@ -514,15 +515,15 @@ class Chat:
         texts = body.get("input")
         if texts is not None:
             body = {k: v for k, v in body.items() if k != "input"} | {"messages": as_users(texts)}
-        inner = self.guarded_turn(turn, body)
+        inner, known = self.guarded_turn(turn, body), info(turn.scope)
         await self.prepare(inner)
         if inner.reply is not None:
             return OLLAMA.whole(OLLAMA.head(body), await said(inner.reply))
         if texts is not None:
             seen = [text_of(message) for message in inner.payload.pop("messages")]
-            return await self.client.ask(path, inner.payload | {"input": seen})
+            return await self.client.ask(path, inner.payload | {"input": seen}, known)
         joint = Rounds(OLLAMA, whole=True, unread=inner.unread)
-        frames = joint.take(dialects.dumps(await self.client.ask(path, inner.payload)))
+        frames = joint.take(dialects.dumps(await self.client.ask(path, inner.payload, known)))
         calls = await judge(inner, joint.calls.values())
         frames += joint.finish([call for call in calls if not call.refused])
         return dialects.loads((await inner.editor().edit(frames[0]))[0])
@@ -536,7 +537,8 @@ class Chat:
                 yield piece
             return
         editor = inner.editor()
-        async with aclosing(await self.client.stream("/api/chat", inner.payload)) as answer:
+        asked = self.client.stream("/api/chat", inner.payload, info(turn.scope))
+        async with aclosing(await asked) as answer:
             async for frames in frames_of(answer, OLLAMA, whole=False):
                 for edited in [each for frame in frames for each in await editor.edit(frame)]:
                     chunk = OLLAMA.parse(edited) or {}

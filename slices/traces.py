@@ -23,7 +23,7 @@ from kernel.access import is_operator
 from kernel.client import OllamaClient
 from kernel.dialects import dumps
 from kernel.errors import UpstreamError
-from kernel.log import RequestInfo, info
+from kernel.log import WAITING, RequestInfo, info
 from kernel.models import canonical
 from kernel.readable import answer
 from kernel.traces import Traces, about, whole
@@ -66,7 +66,7 @@ class Endpoint:
     async def running(self, traces: list[RequestInfo]) -> list[Shown]:
         """Return what is told of them; where the model is not in memory, one waits for that."""
         shown = [*map(about, traces)]
-        waiting = [each for each in shown if each["phase"] == relay.WAITING and each["model"]]
+        waiting = [each for each in shown if each["phase"] == WAITING and each["model"]]
         if waiting:
             loaded = await self.loaded()
             for each in waiting:

@@ -30,7 +30,7 @@ def parsed(text: str) -> dict[str, float]:
     for row in text.splitlines():
         if found := re.fullmatch(r"# HELP ([a-z_]+) [^\\\n]+", row):
             name, kind = found[1], ""
-        elif found := re.fullmatch(r"# TYPE ([a-z_]+) (counter|histogram)", row):
+        elif found := re.fullmatch(r"# TYPE ([a-z_]+) (counter|gauge|histogram)", row):
             assert found[1] == name and not kind
             kind = found[2]
         else:
