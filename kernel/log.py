@@ -334,8 +334,9 @@ def configure(level: str, style: str) -> Write:
     line, stderr = text_line if person else json_line, sys.stderr.fileno()
     handler = logging.StreamHandler()
     handler.setFormatter(Formatter(line))
-    logging.basicConfig(level=level.upper(), handlers=[handler], force=True)
-    logging.getLogger("uvicorn").setLevel(max(logging.WARNING, logging.root.level))
+    logging.basicConfig(handlers=[handler], force=True)  # of others warnings: httpx logs URLs
+    for name in ("osp", "kernel", "slices", "plugins", *([""] if level == "error" else [])):
+        logging.getLogger(name).setLevel(level.upper())
 
     def write(fields: Fields) -> None:
         with suppress(OSError):  # the other end is closed

@@ -348,6 +348,7 @@ class Chat:
         headers = relay.request_headers(turn.scope, self.client)
         headers = [pair for pair in headers if pair[0] not in REPLACED]
         headers.append((b"accept-encoding", b"identity"))
+        turn.tell("sent to the model", request=turn.payload)
         info(turn.scope).enter(WAITING)
         target, known = relay.target_of(turn.scope), info(turn.scope)
         return await self.client.forward("POST", target, headers, body, known)
@@ -363,6 +364,8 @@ class Chat:
             for run in turn.runs:  # an agent whose request hook has not run edits nothing
                 run.due = run.due and (run.outcome == "ok" or not run.has("on_request"))
         info(turn.scope).steps += tuple(step_of(info(turn.scope), *each) for each in trace)
+        for run, before, after in trace:
+            turn.tell("agent", agent=run.plugin.name, before=before, after=after)
         if turn.explain:
             answer = None if turn.reply is None else await said(turn.reply)
             turn.say(await asyncio.to_thread(explanation, trace, turn, answer))
@@ -589,6 +592,13 @@ class Turn:
         """Answer with a text of the proxy's own, which no agent changes."""
         self.reply = text
         self.stop()
+
+    def tell(self, event: str, *, agent: str = "", **payloads: Payload | bytes) -> None:
+        """Log at debug what the request became, without its texts."""
+        if logger.isEnabledFor(logging.DEBUG):
+            fields = {"request_id": info(self.scope).request_id, "agent": agent}
+            fields |= {name: outline(payload) for name, payload in payloads.items()}
+            logger.debug(event, extra={"fields": fields})
 
     def stop(self) -> None:
         """Let no response hook run from here on."""
@@ -1071,6 +1081,15 @@ def offered(turn: Turn) -> str:
     cost = len(dialects.dumps(forms)) // 4  # about four characters a token
     lines = [f"{name} (/{run.plugin.name})" for name, (run, _) in turn.tools.items()]
     return "\n".join([f"The model would be offered these tools, about {cost} tokens:", *lines])
+
+
+def outline(sent: Payload | bytes) -> str:
+    """Return a payload without its texts: who speaks how many characters, and the other keys."""
+    payload = dict(sent) if isinstance(sent, dict) else json.loads(sent or "{}")
+    said = [
+        f"{m.get('role', m.get('type'))} {len(text_of(m))}" for m in payload.pop("messages", [])
+    ]
+    return ", ".join([*said, *payload])
 
 
 def part_of(run: Run, before: bytes, after: bytes) -> str:

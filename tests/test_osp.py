@@ -24,7 +24,7 @@ import httpx
 import pytest
 
 from kernel.config import HOME
-from tests.support import FakeOllama, line, said, turn, write_agent
+from tests.support import FakeOllama, House, line, said, turn, write_agent
 
 CLEAN = {name: value for name, value in os.environ.items() if not name.startswith("OSP_")}
 READY = "ready: type /help in any chat"
@@ -322,6 +322,33 @@ async def test_an_unknown_flag_ends_the_start_with_what_is_known() -> None:
     assert status == 2
     assert proxy.lines[0].startswith("usage: osp.py [-h] [--config")
     assert proxy.lines[-1] == "osp.py: error: unrecognized arguments: --prot\n"
+
+
+LOOKS_UP = """
+import httpx
+class LooksUp(BaseAgent):
+    async def on_request(self, payload):
+        async with httpx.AsyncClient() as client:
+            await client.get(self.settings["url"] + "?q=sesame", headers={"x-api-key": "sesame"})
+        return add_system(payload, "sesame")
+"""
+
+
+async def test_at_debug_the_log_says_what_a_request_became_and_no_text(
+    house: House, plugins: Path
+) -> None:
+    house.ollama.answers()
+    write_agent(plugins, "looks", LOOKS_UP, settings={"url": house.url})
+    env = {**with_agents(plugins), "OSP_LOG_LEVEL": "debug"}
+
+    async with starting("--upstream", house.url, env=env) as proxy, proxy.client() as client:
+        await client.post("/api/chat", json=turn("/looks sesame"))
+        agent, sent = await proxy.event("agent"), await proxy.event("sent to the model")
+        await proxy.stop()
+
+    assert agent["before"] == "user 6, model" and agent["agent"] == "looks"
+    assert agent["after"] == sent["request"] == "system 6, user 6, model"
+    assert not [text for text in proxy.lines if "sesame" in text or "httpcore" in text]
 
 
 @pytest.mark.parametrize("sig", [signal.SIGINT, signal.SIGTERM])
