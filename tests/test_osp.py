@@ -23,7 +23,7 @@ import anyio
 import httpx
 import pytest
 
-from kernel.config import HOME
+from kernel.config import HOME, load
 from tests.support import FakeOllama, House, line, said, turn, write_agent
 
 CLEAN = {name: value for name, value in os.environ.items() if not name.startswith("OSP_")}
@@ -322,6 +322,56 @@ async def test_an_unknown_flag_ends_the_start_with_what_is_known() -> None:
     assert status == 2
     assert proxy.lines[0].startswith("usage: osp.py [-h] [--config")
     assert proxy.lines[-1] == "osp.py: error: unrecognized arguments: --prot\n"
+
+
+async def told(*arguments: str, **env: str) -> tuple[int, str, str]:
+    """Run a command; return its exit status and what it said on stdout and stderr."""
+    command = [sys.executable, str(HOME / "osp.py"), *arguments]
+    process = await asyncio.create_subprocess_exec(
+        *command, env={**CLEAN, **env}, stdout=PIPE, stderr=PIPE
+    )
+    with anyio.fail_after(LIMIT):
+        out, err = await process.communicate()
+    assert process.returncode is not None
+    return process.returncode, out.decode(), err.decode()
+
+
+async def test_it_tells_its_version() -> None:
+    project = tomllib.loads((HOME / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+
+    assert await told("--version") == (0, f"{project['version']}\n", "")
+
+
+async def test_a_fresh_key_comes_with_the_lines_for_osp_toml(tmp_path: Path) -> None:
+    (status, lines, _), (_, others, _) = await told("key", "laptop"), await told("key", "laptop")
+    (tmp_path / "osp.toml").write_text(lines, encoding="utf-8")
+
+    key = load(tmp_path / "osp.toml", {}, {}).keys["laptop"].key
+    assert status == 0 and len(key) > 30 and key not in others
+    for name in ("my laptop", "ä", "a.b", ""):
+        assert (await told("key", name))[::2] == (
+            2,
+            f"osp.py: {name!r} is no name: letters, digits, _ and - can name a key\n",
+        )
+
+
+async def test_health_is_0_while_ollama_answers_and_live_is_0_while_the_proxy_does(
+    tmp_path: Path, demo_url: str
+) -> None:
+    file = tmp_path / "osp.toml"
+    file.write_text('[keys.me]\nkey = "secret-12"\n', encoding="utf-8")
+    for upstream, whole in ((demo_url, (0, '{"status": "ok"}\n', "")), ("http://127.0.0.1:1", 1)):
+        async with starting("--config", str(file), "--upstream", upstream) as proxy:
+            async with proxy.client() as client:
+                env = {"OSP_SERVER_PORT": str(client.base_url.port)}
+                for settings in ((), ("--config", str(file))):
+                    answered = await told(*settings, "health", **env)
+                    assert whole in (answered, answered[0]), answered
+                    assert (await told("health", "--live", **env)) == (0, '{"status": "ok"}\n', "")
+
+    status, _, text = await told("health", **env)
+    assert status == 1
+    assert text.startswith(f"osp.py: no proxy answers at http://127.0.0.1:{client.base_url.port}; ")
 
 
 LOOKS_UP = """
