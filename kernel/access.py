@@ -167,7 +167,7 @@ def check_path(path: str, deny: Collection[str], whom: str = "") -> None:
 def check_model(known: RequestInfo, model: object) -> None:
     """Raise NotAllowed if the key may not ask this model; None is one that cannot be seen."""
     allowed = known.key.models
-    if not (isinstance(model, str) and matches(model, allowed)) and allowed:
+    if allowed and not (isinstance(model, str) and matches(model, allowed)):
         which = "a model that cannot be seen here" if model is None else repr(model)
         raise NotAllowed(f"the key {known.user} may ask {', '.join(allowed)}, and not {which}")
 
