@@ -33,7 +33,7 @@ import os
 import secrets
 import signal
 from argparse import ArgumentParser, Namespace
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager, nullcontext
 from dataclasses import replace
 from functools import partial
@@ -53,7 +53,7 @@ from kernel.errors import ConfigError, UpstreamConnectionError, UpstreamError
 from kernel.guards import Guards
 from kernel.metrics import Metrics
 from kernel.plugin import loaded
-from kernel.presets import Presets
+from kernel.presets import LEFT, Presets
 from kernel.queue import FairQueue
 from kernel.registry import PluginRegistry
 from kernel.reload import Reloader
@@ -191,6 +191,10 @@ def parse_flags() -> Namespace:
     of_key = commands.add_parser("key", help="print a fresh key, and the lines for osp.toml")
     of_key.add_argument("name", metavar="NAME", help="who is to have it: laptop, for example")
     of_key.set_defaults(command=print_key)
+    of_presets = commands.add_parser("presets", help="list what OSP made at Ollama")
+    of_presets.add_argument("--prune", action="store_true", help="remove what left the settings")
+    of_presets.add_argument("--yes", action="store_true", help="without asking")
+    of_presets.set_defaults(command=list_presets)
     return parser.parse_args()
 
 
@@ -214,6 +218,36 @@ def print_key(config: Config, flags: Namespace) -> None:
     if not KEY_NAME.fullmatch(flags.name):
         raise ConfigError(f"{flags.name!r} is no name: {KEY_NAMED}")
     sys.stdout.write(f'[keys.{flags.name}]\nkey = "osp-{secrets.token_urlsafe(24)}"\n')
+
+
+def list_presets(config: Config, flags: Namespace) -> None:
+    """Print the state of each preset; with --prune remove what OSP made and no longer keeps.
+
+    Raises UpstreamError, and ConfigError where --yes is missing and nobody can be asked.
+    """
+    presets, to = Presets(config.presets, config.server.data), parse_upstream(config.upstream.url)
+
+    async def ask(removed: Sequence[str] = ()) -> dict[str, str]:
+        async with OllamaClient(to, config.upstream.connect_timeout) as client:
+            await presets.remove(client, removed)
+            return await presets.states(client)
+
+    states = asyncio.run(ask())
+    left = [name for name, state in states.items() if state == LEFT]
+    lines = [f"{name}: {states[name]}\n" for name in (left if flags.prune else states)]
+    sys.stdout.write("".join(lines) or ("nothing to remove\n" if flags.prune else "no presets\n"))
+    if flags.prune and left and (flags.yes or agrees(len(left))):
+        asyncio.run(ask(left))
+        sys.stdout.write("removed\n")
+
+
+def agrees(count: int) -> bool:
+    """Ask at the terminal whether to remove so many models. Raises ConfigError without one."""
+    if not sys.stdin.isatty():
+        raise ConfigError("nothing was removed: there is no terminal to ask at; --yes does without")
+    sys.stdout.write(f"Remove {count} model{'s' * (count > 1)} from Ollama? [y/N] ")
+    sys.stdout.flush()
+    return sys.stdin.readline().strip().lower() in ("y", "yes")
 
 
 def run(sockets: list[socket] | None) -> None:

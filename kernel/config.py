@@ -32,10 +32,13 @@ WORDS = {str: "a string", int: "a whole number", float: "a number", bool: "true 
 WORDS |= {Path: "a path", tuple: "a list of strings"}
 PRESET = re.compile(r"[\w.:/-]+", re.ASCII)  # its name
 NAMED = "it must name a `model`, and be called by letters, digits and . _ - : /"
+OPTION = "a number, or true or false (`stop`: a list of strings)"
 KEY_NAME = re.compile(r"[A-Za-z0-9][\w-]{0,39}", re.ASCII)
 KEY_NAMED = "letters, digits, _ and - can name a key"
 FRESH = "`python osp.py key NAME` prints a fresh one"
 SECRET = re.compile(r"[!-~]{8,}")
+# Seconds, or between quotes what Go's time.ParseDuration takes
+STAY = re.compile(r"-?\d{1,9}(\.\d+)?|'[-+]?(0|(\d*\.?\d+([num]?s|m|h))+)'", re.ASCII)
 SIGNS = re.compile(r"(?:[^\w\s]|_)*")
 
 FORM = "an address like http://127.0.0.1:11434"
@@ -93,6 +96,10 @@ Count = Annotated[int, "0 or more", lambda number: number >= 0]
 Port = Annotated[int, "0 to 65535", lambda number: 0 <= number <= 65535]
 Signs = Annotated[str, "without letters, digits and spaces", SIGNS.fullmatch]
 Address = Annotated[str, FORM, ADDRESS.fullmatch]
+LEVELS = ("low", "medium", "high", "max")
+THINK = "true, false, low, medium, high or max"
+Think = Annotated[Any, THINK, lambda value: type(value) is bool or value in LEVELS]
+Stay = Annotated[Any, 'seconds, or a time like "30m"', lambda value: STAY.fullmatch(repr(value))]
 
 
 @dataclass(frozen=True, slots=True)
@@ -171,6 +178,8 @@ class Preset:
     agents: str = ""  # in a chat, as one would type them: "/rag:k=6 /translate:de"
     system: str = ""  # its system prompt
     options: Settings = field(default_factory=dict)  # Ollama's parameters, num_ctx for example
+    think: Think = None  # in a chat that does not say it: whether, or how much
+    keep_alive: Stay = None  # the same: how long the model stays loaded; below 0: for ever
 
 
 @dataclass(frozen=True, slots=True)
@@ -209,6 +218,9 @@ def load(file: Path | None, environ: Mapping[str, str], flags: Mapping[str, str 
     for name, preset in config.presets.items():
         if not (preset.model and PRESET.fullmatch(name)):
             raise ConfigError(f"{file}: presets.{name}: {NAMED}")
+        for key, value in preset.options.items():  # Ollama takes any, and fails in each chat
+            if not isinstance(value, (list,) if key == "stop" else (int, float)):
+                raise ConfigError(f"{file}: presets.{name}.options: {key} must be {OPTION}")
     return replace(config, keys=read_keys(config.keys, environ, f"{file}"))
 
 
@@ -278,7 +290,7 @@ def convert(value: Any, hint: Any, where: str, base: Path) -> Any:
         valid, expected = value in kinds, "one of " + ", ".join(map(repr, kinds))
     else:
         value = float(value) if hint is float and type(value) is int else value
-        valid = type(value) is (dict if origin is Mapping else hint)
+        valid = hint is Any or type(value) is (dict if origin is Mapping else hint)
     if valid:
         return value
     shown = "this" if origin is tuple or ": keys" in where else repr(value)  # it may hold keys

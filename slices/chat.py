@@ -130,9 +130,10 @@ class Chat:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         turn: Turn | None = None
         try:
-            turn = await self.read(scope, receive)
-            if turn is None:
-                return await relay.forward(self.client, scope, receive, send)
+            found = await self.read(scope, receive)
+            if not isinstance(found, Turn):
+                return await relay.forward(self.client, scope, receive, send, found)
+            turn = found
             await self.answer(turn, send)
         except (errors.BadRequest, errors.NotAllowed, errors.Aborted, errors.UpstreamError) as exc:
             if turn:
@@ -145,11 +146,12 @@ class Chat:
 
     # 1. What does the request ask for?
 
-    async def read(self, scope: Scope, receive: Receive) -> Turn | None:
+    async def read(self, scope: Scope, receive: Receive) -> Turn | bytes | None:
         """Return the turn of a touched request, None for one that is forwarded as it is.
 
-        Raises BadRequest for an unknown agent or a wrong argument in header or preset, and
-        NotAllowed where a guard would not see the whole request.
+        Bytes are the body of one that no agent touches, with what its preset says. Raises
+        BadRequest for an unknown agent or a wrong argument in header or preset, and NotAllowed
+        where a guard would not see the whole request.
         """
         if scope["method"] in NO_TEXT:
             return None
@@ -165,25 +167,33 @@ class Chat:
             return None
         model = known.model = request["model"]
         check_model(known, model)
+        preset = self.presets.find(model)
+        filled = self.dialect.missing(request, preset.think, preset.keep_alive) if preset else {}
         if self.dialect.is_load(payload):
             if strict and not is_loading(request):
                 self.registry.check_guards(self.presets.names(model))
-            return Turn(self, request, payload, scope) if strict else None
-        preset = self.presets.find(model)
+            return self.fill(body, filled) if strict or filled else None
         header = self.spelled("X-OSP-Agents", info(scope).commands)
         standing = self.spelled(f"the preset {model}", preset.agents) if preset else []
         always = self.registry.always(self.presets.names(model))
         if not (header or standing or always or strict or self.is_typed(payload, scope)):
-            return None
+            return self.fill(body, filled) if filled else None
         request, payload = self.parse(body, strict=True)
         if payload is None:
             return None
+        request |= filled
+        payload |= filled
         self.check_guards(request)
         turn = Turn(self, request, payload, scope)
         if body and tools.MARK.encode() in body:
             waiting = tools.unload(payload["messages"], partial(told, self.dialect))
             turn.waiting = [("", call) for call in waiting]
         return self.turn(turn, header, standing, always)
+
+    def fill(self, body: bytes | None, fields: Payload) -> bytes | None:
+        """Return a body with these fields; None: Ollama could interpret it differently."""
+        request, payload = self.parse(body, strict=True)
+        return None if payload is None else dialects.dumps(request | fields)
 
     def parse(self, body: bytes | None, *, strict: bool) -> tuple[Payload, Payload | None]:
         """Return a request and its payload; None: Ollama could interpret it differently than we do.

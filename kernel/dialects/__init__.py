@@ -36,7 +36,8 @@ SPOKEN = ("content", "thinking", "reasoning")  # keys of a message that hold wha
 KEYS = frozenset(  # that Ollama's decoder takes for its own in any case
     "model messages stream format keep_alive tools options think logprobs top_logprobs shift"
     " truncate response_format stream_options role content images tool_calls tool_name tool_call_id"
-    " thinking type text input instructions system max_tokens max_output_tokens tool_choice".split()
+    " thinking type text input instructions system max_tokens max_output_tokens tool_choice"
+    " reasoning reasoning_effort output_config".split()
 )
 
 
@@ -124,6 +125,14 @@ class Dialect:
             raise ValueError("a key must be in lower case, and options an object")
         for message in payload.get("messages") or []:
             check_message(message, parts=self.takes_parts)
+
+    def missing(self, body: Payload, think: bool | str | None, keep_alive: Any) -> Payload:
+        """Return the fields that say how to think and how long to stay loaded.
+
+        A request that says it itself gets none, nor one that cannot say it; None says nothing.
+        """
+        fields = {"keep_alive": keep_alive} | ({} if self.is_load(body) else {"think": think})
+        return {k: v for k, v in fields.items() if v is not None and body.get(k) is None}
 
     def is_load(self, payload: Payload) -> bool:
         """Tell whether a request only loads or unloads a model."""
@@ -296,6 +305,7 @@ class SSE(Dialect):
     whole_type = JSON
     streams_unasked = False
     takes_parts = True
+    effort = "reasoning"  # the object in which a request says how much to think
     end = re.compile(rb"\r?\n\r?\n")
     data = re.compile(rb"(?m)^data:[ ]?(.*?)\r?$")
     bare = re.compile(rb"(?:(?::|event:|id:|retry:)[^\n]*+|\s)*+(?:data:[ ]?\[DONE\]\s*)?")
@@ -309,6 +319,14 @@ class SSE(Dialect):
 
     def encode_whole(self, chunk: Chunk) -> bytes:
         return dumps(chunk) + b"\n"
+
+    def missing(self, body: Payload, think: bool | str | None, keep_alive: Any) -> Payload:
+        # A model that can think does so unasked: true needs no word
+        holder = table(body.get(self.effort))
+        is_said = holder.get("effort") or body.get("reasoning_effort") or body.get("thinking")
+        if is_said or think in (None, True):
+            return {}
+        return {self.effort: holder | {"effort": think or "none"}}
 
     def counts(self, chunk: Chunk) -> Chunk:
         return table(chunk.get("response", chunk).get("usage"))

@@ -34,6 +34,7 @@ class Messages(SSE):
 
     name = "anthropic"
     path = "/v1/messages"
+    effort = "output_config"
 
     def read(self, body: Payload) -> Payload:
         messages, system = body.get("messages") or [], body.get("system")
@@ -51,6 +52,10 @@ class Messages(SSE):
     def is_load(self, payload: Payload) -> bool:
         # An empty message is dropped before Ollama looks whether there is one (anthropic.go)
         return not any(table(m).get("content") for m in payload.get("messages") or [])
+
+    def missing(self, body: Payload, think: bool | str | None, keep_alive: Any) -> Payload:
+        fields = super().missing(body, think, keep_alive)
+        return {"thinking": {"type": "disabled"}} if fields and think is False else fields
 
     def is_structured(self, payload: Payload) -> bool:
         form = table(payload.get("output_config")).get("format")

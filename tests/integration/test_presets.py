@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import os
 import subprocess
+import sys
+import time
 from collections.abc import Iterator
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +16,7 @@ import ollama
 import openai
 import pytest
 
-from tests.integration.conftest import proxy, set_apart
+from tests.integration.conftest import ROOT, START, proxy, set_apart, stop
 from tests.support import write_agent
 
 AGENT = "class A(BaseAgent):\n    async def {}:\n        {}\n"
@@ -42,6 +45,12 @@ options = { num_ctx = 512, num_predict = 4, temperature = 0, seed = 7 }
 [presets.twin]
 model = "tiny-tools"
 options = { num_ctx = 512, num_predict = 4, temperature = 0, seed = 7 }
+
+[presets.stays]
+model = "tiny"
+think = false
+keep_alive = "2h"
+options = { num_ctx = 256, num_predict = 4 }
 """
 HELLO = [{"role": "user", "content": "hello"}]
 ENDPOINTS: list[tuple[str, dict[str, Any], list[str]]] = [
@@ -62,7 +71,9 @@ def presets(direct: str, home: Path, folder: Path) -> Iterator[str]:
     for name, code in AGENTS.items():
         write_agent(folder / "plugins", name, code)
     with proxy(folder, direct, SETTINGS) as (url, _):
-        names = (f"{name}:latest" for name in ("signed", "canned", "guarded", "briefed", "twin"))
+        names = (
+            f"{name}:latest" for name in ("signed", "canned", "guarded", "briefed", "twin", "stays")
+        )
         set_apart(direct, home / "models", *names)
         yield url
 
@@ -103,14 +114,94 @@ def test_the_system_text_holds_in_each_endpoint(
     assert read[0] > read[1] + 9
 
 
-def test_presets_with_equal_options_share_one_runner(
+def test_presets_with_equal_options_share_one_runner_in_every_endpoint(
     presets: str, http: httpx.Client, home: Path
 ) -> None:
-    for model in ("briefed", "twin", "briefed"):
-        asked = {"model": model, "messages": HELLO, "stream": False}
-        http.post(f"{presets}/api/chat", json=asked).raise_for_status()
+    """What `num_ctx` says holds under /v1, too: nothing starts a runner with another size."""
+    for path, body, _ in ENDPOINTS:
+        for model in ("briefed", "twin", "briefed"):
+            asked = {**body, "model": model, "stream": False}
+            http.post(presets + path, json=asked).raise_for_status()
 
     assert (home / "ollama.log").read_text(encoding="utf-8").count("--ctx-size 512") == 1
+
+
+def test_lists_and_details_have_a_preset_like_any_model(presets: str, http: httpx.Client) -> None:
+    shown = http.post(f"{presets}/api/show", json={"model": "briefed"}).json()
+    details = http.get(f"{presets}/v1/models/briefed").json()
+    listed = [model["name"] for model in http.get(f"{presets}/api/tags").json()["models"]]
+
+    assert shown["system"].startswith("the quick brown fox")
+    assert "num_ctx 512" in " ".join(shown["parameters"].split())
+    assert details["id"] == "briefed" and "briefed:latest" in listed
+
+
+def test_a_model_stays_for_as_long_as_its_preset_says(presets: str, http: httpx.Client) -> None:
+    """Once a load or a chat said it, Ollama keeps to it after what cannot say it."""
+    asked = {"model": "stays", "messages": HELLO, "stream": False}
+    path = f"{presets}/api/chat"
+    for url, body in (
+        (path, {"model": "stays"}),
+        (f"{presets}/v1/chat/completions", asked),
+        (f"{presets}/api/generate", {"model": "stays", "prompt": "hello", "stream": False}),
+        (path, asked),
+    ):
+        http.post(url, json=body).raise_for_status()
+        loaded = http.get(f"{presets}/api/ps").json()["models"]
+        [until] = [m["expires_at"] for m in loaded if m["name"] == "stays:latest"]
+        left = datetime.fromisoformat(until) - datetime.now(UTC)
+        assert timedelta(hours=1, minutes=55) < left <= timedelta(hours=2)
+    gone = http.post(path, json={"model": "stays", "keep_alive": 0}).json()
+    assert gone["done_reason"] == "unload"
+
+
+LIFE = """
+[presets.life]
+model = "life-base"
+system = "Be brief."
+options = {{ num_ctx = {num_ctx} }}
+[presets.life-{number}]
+model = "life-base"
+"""
+
+
+def made_anew(folder: Path, upstream: str, number: int, num_ctx: int) -> int:
+    """Start the proxy, and return how many models it asked for; the last of them is a new one."""
+    settings = LIFE.format(number=number, num_ctx=num_ctx)
+    with proxy(folder, upstream, settings) as (_, process):
+        end, made = time.monotonic() + START, ""
+        while f'"life-{number}"' not in made:
+            assert time.monotonic() < end, made
+            time.sleep(0.02)  # between two looks; nothing tells us when a file changes
+            made = (folder / "osp.log").read_text(encoding="utf-8")
+        assert stop(process) == 0
+    assert "preset not made" not in made
+    return made.count("preset made")
+
+
+def test_presets_last_and_follow_their_settings_and_their_model_until_they_are_removed(
+    direct: str, home: Path, http: httpx.Client, tmp_path: Path
+) -> None:
+    asked, log = '"/api/create"', home / "ollama.log"
+    before = log.read_text(encoding="utf-8").count(asked)
+    body = {"model": "life-base", "from": "tiny", "stream": False}
+    http.post(f"{direct}/api/create", json=body).raise_for_status()
+
+    counts = [made_anew(tmp_path, direct, *start) for start in ((1, 512), (2, 512), (3, 256))]
+    http.post(f"{direct}/api/create", json=body | {"system": "x"}).raise_for_status()
+    counts += [made_anew(tmp_path, direct, 4, 256), made_anew(tmp_path, direct, 5, 256)]
+
+    assert counts == [2, 1, 2, 2, 1]
+    assert log.read_text(encoding="utf-8").count(asked) - before == sum(counts) + 2
+    shown = http.post(f"{direct}/api/show", json={"model": "life"}).json()
+    assert shown["parameters"].split("num_ctx")[1].split()[0] == "256"
+    prune = [sys.executable, str(ROOT / "osp.py"), "--config", str(tmp_path / "osp.toml")]
+    prune += ["--upstream", direct, "presets", "--prune", "--yes"]
+    (tmp_path / "osp.toml").write_text("", encoding="utf-8")
+    done = subprocess.run(prune, capture_output=True, timeout=30, check=True)
+    assert done.stdout.count(b"no longer in the settings") == 6
+    names = {m["name"] for m in http.get(f"{direct}/api/tags").json()["models"]}
+    assert {name for name in names if name.startswith("life")} == {"life-base:latest"}
 
 
 @pytest.mark.parametrize("stream", [False, True])

@@ -104,6 +104,7 @@ def test_a_relative_path_starts_at_the_file_that_says_it(tmp_path: Path) -> None
 
 
 WRONG = "is wrong here, it must be"
+PRESET = "[presets.x]\nmodel = 'm'\n"
 
 
 @pytest.mark.parametrize(
@@ -133,6 +134,26 @@ WRONG = "is wrong here, it must be"
         ("[presets.x]\nagents = '/a'", "presets.x: it must name a `model`"),
         ("[presets.'a+b']\nmodel = 'm'", "presets.a+b: it must name a `model`, and be called by"),
         ("[presets.x]\nmodel = 'm'\noptions = 1", f"presets.x: options: 1 {WRONG} a table"),
+        (f"{PRESET}think = 'loud'", f"presets.x: think: 'loud' {WRONG} true, false, low, medium,"),
+        (
+            f"{PRESET}think = 1",
+            f"presets.x: think: 1 {WRONG} true, false, low, medium, high or max",
+        ),
+        (f"{PRESET}think = []", f"presets.x: think: [] {WRONG} true, false, low, medium,"),
+        (f"{PRESET}keep_alive = '1d'", f"presets.x: keep_alive: '1d' {WRONG} seconds, or a time l"),
+        (f"{PRESET}keep_alive = '60'", f"presets.x: keep_alive: '60' {WRONG} seconds, or a time"),
+        (f"{PRESET}keep_alive = true", f"presets.x: keep_alive: True {WRONG} seconds, or a time"),
+        (f"{PRESET}keep_alive = inf", f"presets.x: keep_alive: inf {WRONG} seconds, or a time"),
+        (f"{PRESET}options.num_ctx = '9'", "presets.x.options: num_ctx must be a number, or true"),
+        (
+            f"{PRESET}options.a = [1]",
+            "presets.x.options: a must be a number, or true or false (`st",
+        ),
+        (
+            f"{PRESET}options.a.b = 1",
+            "presets.x.options: a must be a number, or true or false (`st",
+        ),
+        (f"{PRESET}options.stop = 'x'", "presets.x.options: stop must be a number, or true or fal"),
         ("[server\n", "Expected ']' at the end of a table declaration (at line 1, col"),
     ],
 )
@@ -140,6 +161,20 @@ def test_a_wrong_setting_is_named_with_its_file_and_with_what_is_right(
     tmp_path: Path, text: str, message: str
 ) -> None:
     assert complaint(tmp_path, text).startswith(f"osp.toml: {message}")
+
+
+@pytest.mark.parametrize("stay", ["3600", "-1", "0", "1.5", "'1h'", "'1h30m'", "'-1m'", "'0'"])
+@pytest.mark.parametrize("think", ["true", "false", "'low'", "'max'"])
+def test_a_preset_says_how_long_to_stay_and_how_to_think_as_ollama_takes_it(
+    tmp_path: Path, stay: str, think: str
+) -> None:
+    options = "options = {num_ctx = 1, temperature = 0.5, use_mmap = false, stop = ['a']}"
+    text = f"{PRESET}keep_alive = {stay}\nthink = {think}\n{options}"
+
+    preset = load_text(tmp_path, text).presets["x"]
+
+    assert repr(preset.keep_alive) == stay
+    assert repr(preset.think).lower() == think
 
 
 @pytest.mark.parametrize(

@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
+import pty
 import re
 import socket
+import sys
+from asyncio.subprocess import DEVNULL, PIPE, STDOUT
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -14,12 +18,15 @@ from typing import Any
 import anyio
 import httpx
 import pytest
+from starlette.applications import Starlette
+from starlette.requests import Request
 from starlette.responses import JSONResponse
+from starlette.routing import Route
 from starlette.types import Message, Receive, Scope, Send
 
 import demo
 from kernel.client import OllamaClient
-from kernel.config import Preset, parse_upstream
+from kernel.config import HOME, Preset, parse_upstream
 from kernel.presets import Presets
 
 Line = tuple[str, str, str]  # event, preset, error
@@ -41,7 +48,7 @@ class Ollama:
             self.made.set()
             await asyncio.Event().wait()
 
-        if scope.get("path") == "/api/create" and self.refused:
+        if scope.get("path") in ("/api/create", "/api/delete") and self.refused:
             self.refused -= 1
             return await JSONResponse({"error": "closed"}, 403)(scope, receive, send)
         if scope.get("path") == "/api/create" and self.unanswered:
@@ -200,6 +207,56 @@ async def test_a_preset_follows_a_new_version_of_its_model_and_outlives_it(lines
         assert len(await lines.before(**table, **{f"end{made}": DEMO})) == made
 
 
+async def test_a_change_that_waits_for_its_model_is_said(lines: Lines) -> None:
+    good = GOOD | {"model": "base"}
+    await lines.ask("POST", "/api/create", model="base", **{"from": "demo"})
+    await lines.before(good=good)
+    await lines.ask("DELETE", "/api/delete", model="base")
+
+    [(_, preset, error)] = await lines.before(good=good | {"system": "Be kind."}, last=DEMO)
+
+    assert (preset, error) == ("good", "Ollama has no base: type `ollama pull base`")
+
+
+async def test_a_preset_that_is_made_from_another_comes_after_it(lines: Lines) -> None:
+    table = {"third": {"model": "second"}, "second": {"model": "good"}, "good": GOOD}
+
+    async with lines.kept(**table):
+        made = await lines.until(("preset made", "third", ""))
+
+    assert made == [MADE, ("preset made", "second", "")]
+
+
+async def test_a_cloud_model_stays_one_under_the_name_of_its_preset(unserved: Lines) -> None:
+    cloud = {"remote_model": "gpt-oss:120b", "remote_host": "https://ollama.com:443"}
+    models: list[dict[str, Any]] = [{"name": "gpt-oss:120b-cloud", "digest": "1"} | cloud]
+
+    async def create(request: Request) -> JSONResponse:
+        body = await request.json()
+        models.append({"name": body["model"], "digest": "2"} | body)
+        return JSONResponse({"status": "success"})
+
+    good = GOOD | {"model": "gpt-oss:120b-cloud"}
+    routes = [Route("/api/tags", lambda _: JSONResponse({"models": models}))]
+    routes.append(Route("/api/create", create, methods=["POST"]))
+    async with demo.serve(Starlette(routes=routes)) as unserved.url:
+        assert not await unserved.before(good=good)
+        assert not await unserved.before(good=good, last=good)  # and not made anew
+
+    made = models[1]
+    assert made["from"] == "gpt-oss:120b" and made["remote_host"] == "https://ollama.com:443"
+    assert (made["system"], made["parameters"]) == ("Be brief.", {"num_ctx": 512})
+
+
+async def test_what_is_not_ollama_is_said_to_be_something_else(unserved: Lines) -> None:
+    app = Starlette(routes=[Route("/api/tags", lambda _: JSONResponse({"data": []}))])
+    async with demo.serve(app) as unserved.url, unserved.kept(good=GOOD):
+        with anyio.fail_after(5):
+            _, _, error = await unserved.queue.get()
+
+    assert error == f"what answers at {unserved.url} is not Ollama"
+
+
 async def test_a_stop_in_the_middle_is_quick_and_the_preset_still_osps_own(
     upstream: Ollama, lines: Lines
 ) -> None:
@@ -209,6 +266,8 @@ async def test_a_stop_in_the_middle_is_quick_and_the_preset_still_osps_own(
         async with lines.kept(good=GOOD):
             await upstream.made.wait()
 
+    _, said = await Command(lines, "", "--prune", "--yes").run()
+    assert said == "nothing to remove\n"  # its digest is not known
     assert not await lines.before(good=GOOD)
 
 
@@ -238,3 +297,121 @@ def test_a_preset_is_found_as_ollama_finds_a_model() -> None:
     assert presets.names("notes") == ["notes", "demo"]
     assert presets.names("deep:x") == ["deep:x", "notes:latest", "demo"]
     assert presets.names("round") == ["round", "Round"]
+
+
+class Command:
+    """`osp.py presets` as a process, its standard input a terminal or nothing at all."""
+
+    def __init__(self, lines: Lines, toml: str, *flags: str) -> None:
+        file = lines.data.parent / "osp.toml"
+        file.write_text(toml, encoding="utf-8")
+        start = [sys.executable, str(HOME / "osp.py"), "--config", str(file)]
+        self.command = [*start, "--upstream", lines.url, "presets", *flags]
+
+    async def run(self, answer: str | None = None, change: Any = None) -> tuple[int | None, str]:
+        """Return the exit status and what was said; `change` is awaited before the answer."""
+        ours, theirs = pty.openpty()
+        stdin = DEVNULL if answer is None else theirs
+        environ = {k: v for k, v in os.environ.items() if not k.startswith("OSP_")}
+        process = await asyncio.create_subprocess_exec(
+            *self.command, stdin=stdin, stdout=PIPE, stderr=STDOUT, env=environ
+        )
+        assert process.stdout
+        said = b""
+        with anyio.fail_after(20), os.fdopen(ours, "wb"), os.fdopen(theirs):
+            if answer is not None:
+                said = await process.stdout.readuntil(b"[y/N] ")
+                if change:
+                    await change
+                os.write(ours, answer.encode())
+            said += await process.stdout.read()
+            return await process.wait(), said.decode()
+
+
+SETTINGS = """
+[presets]
+good = { model = "demo", system = "Be brief.", options = { num_ctx = 512 }, think = false }
+changed = { model = "demo", system = "Be kind." }
+mine.model = "demo"
+fresh.model = "nope"
+"""
+STATES = """\
+good:latest: as the settings say
+changed:latest: changed, it or its model: the next start makes it anew
+mine:latest: Ollama has a model of this name that OSP did not make, and it stays as it is
+fresh:latest: not made: the next start tries, and the log says what is in the way
+old:latest: no longer in the settings: `presets --prune` removes it
+stolen:latest: Ollama has a model of this name that OSP did not make, and it stays as it is
+"""
+OLD = "old:latest: no longer in the settings: `presets --prune` removes it\n"
+QUESTION = f"{OLD}Remove 1 model from Ollama? [y/N] "
+
+
+@pytest.fixture
+async def left_over(lines: Lines) -> Lines:
+    """Of the presets that OSP made, one is as in SETTINGS, and one is another's by now."""
+    await lines.ask("POST", "/api/create", model="mine", **{"from": "demo"})
+    await lines.before(good=GOOD, changed=DEMO, old=DEMO, gone=DEMO, stolen=DEMO)
+    await lines.ask("POST", "/api/create", model="stolen", system="x", **{"from": "demo"})
+    await lines.ask("DELETE", "/api/delete", model="gone")
+    return lines
+
+
+async def names(lines: Lines) -> set[str]:
+    return {
+        m["name"].removesuffix(":latest") for m in (await lines.ask("GET", "/api/tags"))["models"]
+    }
+
+
+async def test_a_command_lists_what_osp_made_and_what_became_of_it(left_over: Lines) -> None:
+    assert await Command(left_over, SETTINGS).run() == (0, STATES)
+
+
+async def test_without_presets_there_is_nothing_to_list_and_nothing_to_remove(lines: Lines) -> None:
+    assert await Command(lines, "").run() == (0, "no presets\n")
+    assert await Command(lines, SETTINGS, "--prune").run() == (0, "nothing to remove\n")
+
+
+@pytest.mark.parametrize(
+    ("flags", "answer", "status", "said"),
+    [
+        ([], "y\n", 0, f"{QUESTION}removed\n"),
+        (["--yes"], None, 0, f"{OLD}removed\n"),
+        ([], "\n", 0, QUESTION),
+        ([], "\x04", 0, QUESTION),
+        ([], None, 2, f"{OLD}osp.py: nothing was removed: there is no terminal to ask at; --yes "),
+    ],
+)
+async def test_what_left_the_settings_is_removed_after_a_yes(
+    left_over: Lines, flags: list[str], answer: str | None, status: int, said: str
+) -> None:
+    before = await names(left_over)
+
+    result = await Command(left_over, SETTINGS, "--prune", *flags).run(answer)
+
+    removed = {"old"} if "removed\n" in said else set()
+    assert result[0] == status and result[1].startswith(said)
+    assert before - await names(left_over) == removed
+    again = await Command(left_over, SETTINGS, "--prune").run()
+    assert again == (0, "nothing to remove\n") if removed else again[0] == 2
+
+
+async def test_a_model_that_another_made_before_the_yes_stays(left_over: Lines) -> None:
+    new = left_over.ask("POST", "/api/create", model="old", system="Mine.", **{"from": "demo"})
+
+    await Command(left_over, SETTINGS, "--prune").run("y\n", change=new)
+
+    assert (await left_over.ask("POST", "/api/show", model="old"))["system"] == "Mine."
+
+
+async def test_a_command_says_what_keeps_it_from_its_work(
+    upstream: Ollama, left_over: Lines
+) -> None:
+    prune = Command(left_over, SETTINGS, "--prune", "--yes")
+    upstream.refused = 1
+    status, said = await prune.run()
+    assert status == 1 and "osp.py: /api/delete answered 403: " in said
+
+    left_over.url = "127.0.0.1:1"
+    status, said = await Command(left_over, SETTINGS).run()
+    assert (status, said[:47]) == (1, "osp.py: nothing answers at http://127.0.0.1:1: ")
