@@ -96,7 +96,8 @@ def create_app(
     `loopback` says that only this machine can connect; `write` writes the line of each request.
     To remove a slice, or the metrics, traces, presets or access rules, delete their lines here.
     """
-    upstream, collector = config.upstream, Metrics()
+    upstream = config.upstream
+    collector = Metrics()
     queue = FairQueue(upstream.parallel, collector) if upstream.parallel else None
     address = parse_upstream(upstream.url)
     client = OllamaClient(address, upstream.connect_timeout, queue=queue)
