@@ -58,6 +58,7 @@ from kernel.queue import FairQueue
 from kernel.registry import PluginRegistry
 from kernel.reload import Reloader
 from kernel.server import SETTINGS, Paths, Server, check_loop, listen, url_of
+from kernel.systemd import inherited
 from kernel.tools import Consent
 from kernel.traces import Traces
 from slices import (
@@ -158,18 +159,19 @@ def say(event: str, **fields: str) -> None:
     logger.log(level, event, extra={"fields": fields})
 
 
-async def serve(config: Config, flags: Namespace, listener: socket, write: log.Write) -> None:
+async def serve(config: Config, flags: Namespace, sockets: list[socket], write: log.Write) -> None:
     """Serve until a signal comes; with --demo, before a stand-in for Ollama."""
     stand_in = None if flags.demo is None else demo.serve(demo.create_app(flags.demo))
     async with stand_in or nullcontext(config.upstream.url) as url:
         config = replace(config, upstream=replace(config.upstream, url=url))
-        registry, loopback = create_registry(config, os.environ), is_loopback(listener)
+        registry, loopback = create_registry(config, os.environ), all(map(is_loopback, sockets))
         app = create_app(config, registry, loopback=loopback, write=write)
         say("settings", file=str(flags.config or "none"))
-        say("listening", url=url_of(listener))
+        for listener in sockets:
+            say("listening", url=url_of(listener))
         grace = math.ceil(config.server.shutdown)
         settings = uvicorn.Config(app, timeout_graceful_shutdown=grace, **SETTINGS)
-        await Server(settings).serve(sockets=[listener])
+        await Server(settings, os.environ.pop("NOTIFY_SOCKET", "")).serve(sockets)
 
 
 def parse_flags() -> Namespace:
@@ -262,20 +264,22 @@ def run(sockets: list[socket] | None) -> None:
     if flags.command:
         flags.command(config, flags)
         return
-    write = log.configure(config.log.level, config.log.format)
-    listener = sockets[0] if sockets else listen(config.server.host, config.server.port)
+    journal = os.environ.get("JOURNAL_STREAM", "")
+    write = log.configure(config.log.level, config.log.format, journal)
+    listeners = sockets or inherited(os.environ) or [listen(config.server.host, config.server.port)]
     if flags.reload and not sockets:
         ours = [HOME / name for name in ("osp.py", "demo.py", "kernel", "slices", "osp.toml")]
         watched = [*ours, *filter(None, [flags.config]), *config.plugins.dirs]
-        return Reloader(main, listener, watched).run()
+        return Reloader(main, listeners, watched).run()
     if sockets and hasattr(signal, "pthread_sigmask"):
         # A terminal sends Ctrl-C to both processes; the supervisor then sends SIGTERM to this one.
         signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
     if flags.demo is None:
-        check_loop(listener, parse_upstream(config.upstream.url))
+        for listener in listeners:
+            check_loop(listener, parse_upstream(config.upstream.url))
     loop_factory = uvicorn.Config(create_app, log_config=None).get_loop_factory()
     # Not closed: Runner.close() would wait for agent tasks that ignore their cancellation.
-    asyncio.Runner(loop_factory=loop_factory).run(serve(config, flags, listener, write))
+    asyncio.Runner(loop_factory=loop_factory).run(serve(config, flags, listeners, write))
 
 
 def main(sockets: list[socket] | None = None) -> NoReturn:

@@ -24,7 +24,9 @@ from kernel.errors import BrokenAnswer
 logger = logging.getLogger(__name__)
 
 IDLE = 120  # seconds that a connection without a request lives
-GRACE = 0.25  # seconds that an answer has when the client has closed its sending half
+# Seconds for what is on its way: an answer to a client that has closed its sending half, a request
+# to a server that stops.
+GRACE = 0.25
 # Bytes that wait for the app before the client has to. The connection's end may stand behind them:
 # where reading pauses, a client that leaves is not noticed.
 AHEAD = 2**22
@@ -125,8 +127,10 @@ class Protocol(asyncio.Protocol):
     def finished(self, keep_alive: bool) -> None:
         """Go on with the next request, or close."""
         self.cycle, self._idle_since = None, self.loop.time()
-        if keep_alive and self.keep_alive and (self._pending or not self._ended):
+        if keep_alive and (self._pending or not self._ended):
             self._advance()
+            if not self.keep_alive:
+                self.shutdown()
         else:
             self._close()
 
@@ -153,9 +157,18 @@ class Protocol(asyncio.Protocol):
         self.loop.call_later(2 * GRACE, self.transport.close)
 
     def shutdown(self) -> None:
-        """Take no other request. uvicorn calls this when it stops."""
+        """Say `connection: close` from now on, and close once no request is to be expected.
+
+        A request may be on its way for GRACE seconds after the connection began or an answer ended:
+        most clients send it at once, and what crosses our FIN is lost. uvicorn calls this when it
+        stops.
+        """
         self.keep_alive = False
         if not self.cycle:
+            self.loop.call_at(self._idle_since + GRACE, self._close_if_idle)
+
+    def _close_if_idle(self) -> None:
+        if not (self.cycle or self._pending):
             self.transport.close()
 
     def _check_idle(self) -> None:

@@ -27,13 +27,13 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from kernel.config import Key
 from kernel.errors import BrokenAnswer, ClientDisconnected
 from kernel.metrics import Metrics, Tokens
+from kernel.systemd import Line, for_journal
 
 logger = logging.getLogger(__name__)
 
 Headers = list[tuple[bytes, bytes]]
 Fields = Mapping[str, Any]
 Write = Callable[[Fields], None]  # writes the line of one request
-Line = Callable[[float, str, str, Fields], str]  # time, level, event, fields
 
 REQUEST_ID = re.compile(rb"[A-Za-z0-9._-]{1,64}")
 PLAIN = re.compile(r"[\w.:/;+-]+", re.ASCII)
@@ -299,18 +299,25 @@ class Formatter(logging.Formatter):
 
 
 def text_line(created: float, level: str, event: str, fields: Fields) -> str:
-    """Return a line for a person: time, level where it matters, event, `key=value`."""
-    clock = time.strftime("%H:%M:%S", time.localtime(created))
+    """Return a line for a person: time, level where it matters, event, `key=value`.
+
+    Without `created` it has no time.
+    """
+    clock = time.strftime("%H:%M:%S ", time.localtime(created)) if created else ""
     named = event if level == "info" else f"{level}: {event}"
     words = [f" {key}={quoted(fields[key])}" for key in fields if key != "exception"]
     stack = f"\n{fields['exception']}" if "exception" in fields else ""
-    return f"{clock} {named}".replace("\n", "\\n") + "".join(words) + stack
+    return clock + named.replace("\n", "\\n") + "".join(words) + stack
 
 
 def json_line(created: float, level: str, event: str, fields: Fields) -> str:
-    """Return a line for a machine: one JSON object. JSONEncoder takes 4 % of a request longer."""
+    """Return a line for a machine: one JSON object. JSONEncoder takes 4 % of a request longer.
+
+    Without `created` it has no time.
+    """
+    clock = f'"time": {created:.3f}, ' if created else ""
     more = "".join([f', "{name}": {as_json(value)}' for name, value in fields.items()])
-    return f'{{"time": {created:.3f}, "level": "{level}", "event": {as_json(event)}{more}}}'
+    return f'{{{clock}"level": "{level}", "event": {as_json(event)}{more}}}'
 
 
 def as_json(value: object) -> str:
@@ -325,13 +332,14 @@ def quoted(value: object) -> str:
     return text if PLAIN.fullmatch(text) else json.dumps(text)
 
 
-def configure(level: str, style: str) -> Write:
+def configure(level: str, style: str, journal: str = "") -> Write:
     """Send everything to stderr, and return what writes the lines of requests there.
 
-    The caller is `main()`, because this is process-wide.
+    `journal` is $JOURNAL_STREAM. The caller is `main()`, because this is process-wide.
     """
     person = style == "text" or (style == "auto" and sys.stderr.isatty())
-    line, stderr = text_line if person else json_line, sys.stderr.fileno()
+    stderr = sys.stderr.fileno()
+    line = for_journal(text_line if person else json_line, stderr, journal)
     handler = logging.StreamHandler()
     handler.setFormatter(Formatter(line))
     logging.basicConfig(handlers=[handler], force=True)  # of others warnings: httpx logs URLs

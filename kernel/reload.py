@@ -20,9 +20,9 @@ class Reloader(BaseReload):
     """Runs `target(sockets=...)` in a process; `watched` are files and folders."""
 
     def __init__(
-        self, target: Callable[..., None], listener: socket.socket, watched: Sequence[Path]
+        self, target: Callable[..., None], sockets: list[socket.socket], watched: Sequence[Path]
     ) -> None:
-        super().__init__(uvicorn.Config("", log_config=None), target, [listener])
+        super().__init__(uvicorn.Config("", log_config=None), target, sockets)
         self.reloader_name = "osp.py --reload"
         self._watched, self._stamps = watched, stamps(watched)
 

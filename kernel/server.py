@@ -1,4 +1,4 @@
-"""Server: what uvicorn is told, and the socket that it listens on.
+"""Server: what uvicorn is told, and the sockets that it listens on.
 
 uvicorn brings the life of a server: lifespan, signals and the loop. A connection is a
 `downstream.Protocol`.
@@ -26,6 +26,7 @@ from kernel.connection import probe
 from kernel.downstream import Protocol
 from kernel.errors import ConfigError
 from kernel.log import STOPPED
+from kernel.systemd import tell
 
 logger = logging.getLogger(__name__)
 
@@ -39,18 +40,32 @@ SETTINGS: dict[str, Any] = {
 
 
 class Server(uvicorn.Server):
-    """uvicorn, but a signal that was obeyed is not raised again, and a second one ends it all."""
+    """uvicorn, but a signal that was obeyed is not raised again, and a second one ends it all.
+
+    `notify` is the address at which systemd wants to be told the state, or "".
+    """
+
+    def __init__(self, config: uvicorn.Config, notify: str = "") -> None:
+        super().__init__(config)
+        self.notify = notify
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         hang_up = getattr(signal, "SIGHUP", None)  # the terminal was closed
         if hang_up and signal.getsignal(hang_up) is signal.SIG_DFL:  # and it is no `nohup`
             asyncio.get_running_loop().add_signal_handler(hang_up, self.handle_exit, hang_up, None)
+        for listener in sockets or ():
+            # Accepted sockets inherit these. Without TCP_NODELAY, which asyncio sets only where a
+            # socket's `proto` says TCP, the end of an answer waits 40 ms to be acknowledged.
+            listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            probe(listener)
         await super().startup(sockets)
         gc.collect()
         gc.freeze()  # what the start made is looked at no more: 3 % of a request
+        tell(self.notify, "READY=1")
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         """Let open answers end for `timeout_graceful_shutdown` seconds, then break them off."""
+        tell(self.notify, "STOPPING=1")
         for listener in self.servers:
             listener.close()
         connections: set[Any] = self.server_state.connections
@@ -105,16 +120,11 @@ def listen(host: str, port: int) -> socket.socket:
             "::" if both else name or "0.0.0.0", port, type=socket.SOCK_STREAM
         )
         family, _, _, _, address = min(found, key=lambda info: info[0] != socket.AF_INET)
-        listener = socket.create_server(address, family=family, backlog=2048, dualstack_ipv6=both)
+        return socket.create_server(address, family=family, backlog=2048, dualstack_ipv6=both)
     except (OSError, UnicodeError) as exc:
         why = getattr(exc, "strerror", None) or exc
         text = f"cannot listen on {host}:{port}: {why}; --port takes another one"
         raise ConfigError(text) from exc
-    # Accepted sockets inherit these. Without TCP_NODELAY, which asyncio sets only where a socket's
-    # `proto` says TCP, the last bytes of an answer wait some 40 ms to be acknowledged.
-    listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-    probe(listener)
-    return listener
 
 
 def url_of(listener: socket.socket) -> str:

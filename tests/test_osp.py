@@ -13,7 +13,7 @@ import subprocess
 import sys
 import tomllib
 from asyncio.subprocess import PIPE, Process
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Collection, Mapping
 from contextlib import asynccontextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -94,7 +94,11 @@ class Proxy:
 
 @asynccontextmanager
 async def starting(
-    *flags: str, script: Path = HOME / "osp.py", cwd: Path = HOME, env: Mapping[str, str] = CLEAN
+    *flags: str,
+    script: Path = HOME / "osp.py",
+    cwd: Path = HOME,
+    env: Mapping[str, str] = CLEAN,
+    pass_fds: Collection[int] = (),
 ) -> AsyncIterator[Proxy]:
     """Start osp.py on any free port and without agents, if `flags` and `env` say nothing else.
 
@@ -103,7 +107,7 @@ async def starting(
     env = {**CLEAN, "OSP_SERVER_PORT": "0", "OSP_PLUGINS": "off", "PYTHONPATH": "", **env}
     command = [sys.executable, str(script), *flags]
     process = await asyncio.create_subprocess_exec(
-        *command, cwd=cwd, env=env, stderr=PIPE, start_new_session=True
+        *command, cwd=cwd, env=env, stderr=PIPE, start_new_session=True, pass_fds=pass_fds
     )
     try:
         yield Proxy(process)

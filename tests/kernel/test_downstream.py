@@ -6,6 +6,7 @@ import asyncio
 import json
 import logging
 from collections.abc import AsyncIterator, Callable
+from contextlib import AsyncExitStack
 from typing import Any
 
 import anyio
@@ -303,3 +304,54 @@ async def test_a_client_that_leaves_ahead_of_its_answer_cancels_the_task(
             writer.transport.abort()
             with anyio.fail_after(1):
                 await left.wait()
+
+
+GET = b"GET / HTTP/1.1\r\n" + HOST + b"\r\n"
+SLOW = b"GET /slow HTTP/1.1\r\n" + HOST + b"\r\n"  # its answer ends only while the server stops
+
+
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [
+        (b"", GET),
+        (GET, GET),
+        (SLOW, GET),
+        (GET[:20], GET[20:]),
+        (b"", b""),
+        (GET, b""),
+        (SLOW, b""),
+    ],
+)
+async def test_while_the_server_stops_a_request_on_its_way_is_the_last(
+    before: bytes, after: bytes
+) -> None:
+    ends = asyncio.Event()
+
+    async def slow(scope: Any, receive: Any, send: Any) -> None:
+        if scope.get("path") != "/slow":
+            return await app(scope, receive, send)
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        await send({"type": "http.response.body", "body": b"]", "more_body": True})
+        await ends.wait()
+        await send({"type": "http.response.body"})
+
+    async with AsyncExitStack() as stack:
+        url = await stack.enter_async_context(demo.serve(slow, **SETTINGS))
+        reader, writer = await asyncio.open_connection("127.0.0.1", int(url.rpartition(":")[2]))
+        writer.write(before)
+        if before.endswith(END):
+            assert b"connection: close" not in await reader.readuntil(b"]")
+        await exchange(int(url.rpartition(":")[2]), GET)  # so the first has been accepted, too
+        stop = asyncio.create_task(stack.aclose())
+        await asyncio.sleep(0)  # it begins
+        ends.set()
+        if before == SLOW:
+            await reader.readuntil(b"0\r\n\r\n")
+        writer.write(after)
+        with anyio.fail_after(5):
+            came = await reader.read()
+        writer.close()
+        await stop
+
+    assert bool(after) is came.startswith(b"HTTP/1.1 200 OK\r\n")
+    assert bool(after) is (b"connection: close\r\n" in came) is came.endswith(b'["GET", "/", ""]')

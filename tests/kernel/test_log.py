@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import re
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
@@ -228,19 +230,46 @@ async def test_a_line_does_not_grow_with_what_a_client_sends(
     assert [len(str(fields)) < 1000 for fields in requests(caplog)] == [True, True]
 
 
-@pytest.mark.parametrize("style", ["text", "json"])
-def test_the_line_of_a_request_looks_like_every_other(
-    style: str, capfd: pytest.CaptureFixture[str]
-) -> None:
+PLAIN = '{"level": "info", "event": "request", "path": "/"}'
+
+
+@pytest.fixture
+def restored() -> Iterator[None]:
+    """Put back how everything is logged."""
     root = logging.getLogger()
     before, level = root.handlers[:], root.level
-    try:
-        write = configure("info", style)
-        fields = {"path": 'a"\n', "ms": 1.5, "status": 200}
-        write(fields)
-        logging.getLogger("kernel.log").info("request", extra={"fields": fields})
-    finally:
-        root.handlers[:], root.level = before, level
+    yield
+    root.handlers[:], root.level = before, level
+
+
+@pytest.mark.parametrize("style", ["text", "json"])
+def test_the_line_of_a_request_looks_like_every_other(
+    style: str, capfd: pytest.CaptureFixture[str], restored: None
+) -> None:
+    write = configure("info", style)
+    fields = {"path": 'a"\n', "ms": 1.5, "status": 200}
+    write(fields)
+    logging.getLogger("kernel.log").info("request", extra={"fields": fields})
 
     lines = [re.sub(r"[\d:.]{8,}", "", line) for line in capfd.readouterr().err.splitlines()]
     assert len(lines) == 2 and lines[0] == lines[1] and "status" in lines[0]
+
+
+@pytest.mark.parametrize("style", ["text", "json"])
+def test_where_stderr_is_the_journal_each_line_begins_with_its_priority(
+    style: str, capfd: pytest.CaptureFixture[str], restored: None
+) -> None:
+    stderr = os.fstat(2)
+    write = configure("debug", style, journal=f"{stderr.st_dev}:{stderr.st_ino}")
+    write({"path": "/"})
+    for level in (logging.DEBUG, logging.INFO, logging.WARNING, logging.CRITICAL):
+        logging.getLogger("kernel.log").log(level, "event")
+    try:
+        raise ValueError("why\nnot")
+    except ValueError:
+        logging.getLogger("kernel.log").exception("failed")
+
+    lines = capfd.readouterr().err.splitlines()
+    assert [line[:3] for line in lines[:5]] == ["<6>", "<7>", "<6>", "<4>", "<2>"]
+    assert {line[:3] for line in lines[5:]} == {"<3>"}
+    assert lines[0] == {"text": "<6>request path=/", "json": f"<6>{PLAIN}"}[style]
