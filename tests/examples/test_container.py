@@ -133,7 +133,10 @@ def listed(folder: Path) -> set[str]:
 
 
 def test_it_says_which_port_it_has_and_is_not_root() -> None:
-    assert value("EXPOSE") == str(ServerConfig().port)
+    port = value("EXPOSE")
+
+    assert port == str(ServerConfig().port)
+    assert f" -p 127.0.0.1:{port}:{port} -v " in (FOLDER / "README.md").read_text()
     assert USER > 0 and f"OSP_SERVER_DATA={value('VOLUME')} " in value("ENV")
 
 

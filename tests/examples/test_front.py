@@ -158,10 +158,10 @@ async def test_without_access_hosts_the_public_name_gets_403(
 async def test_a_key_passes_and_its_lack_is_a_401(front: Open, ollama: FakeOllama) -> None:
     ollama.answers(done("y"))
 
-    async with front(**HOSTS, keys={"laptop": {"key": "secret"}}) as client:
+    async with front(**HOSTS, keys={"laptop": {"key": "osp-secret"}}) as client:
         without = await client.post("/api/chat", json=turn("hi"))
-        key = {"authorization": "Bearer secret"}
+        key = {"authorization": "Bearer osp-secret"}
         answer = await client.post("/api/chat", json=turn("hi"), headers=key)
 
     assert (without.status_code, answer.status_code) == (401, 200)
-    assert [asked for asked in ollama.asked if b"secret" in repr(asked).encode()] == []
+    assert [asked for asked in ollama.asked if b"osp-secret" in repr(asked).encode()] == []
