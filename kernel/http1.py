@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
-from functools import lru_cache
 from http import HTTPStatus
 from typing import Any
 from urllib.parse import unquote_to_bytes
@@ -28,6 +27,7 @@ TOKEN = re.compile(rb"[!#$%&'*+.^_`|~0-9A-Za-z-]{1,256}")
 LINE = re.compile(rb"(" + TOKEN.pattern + rb") (\S+) HTTP/(1\.[01])")
 HOST = re.compile(rb"[A-Za-z0-9!$%&'()*+,\-.:;=\[\]_~]*")  # httpguts.ValidHostHeader
 ABSOLUTE = re.compile(rb"(?i:https?)://(" + HOST.pattern[:-1] + rb"+)(/.*)")
+FIELD = re.compile(rb"(?m)^(" + TOKEN.pattern + rb"):(.*)$")
 END = re.compile(rb"\n\r?\n")  # of a head
 FOLD = re.compile(rb"\n[ \t]+")
 # The lines between the pieces of a chunked body: before a chunk, behind one, behind the last one
@@ -82,10 +82,8 @@ def read_head(data: bytes, client: object) -> Request:
     if not line or text.translate(None, TEXT):
         raise Refused(400)
     method, target, version = line[1].decode(), line[2], line[3].decode()
-    try:
-        headers, fields = read_fields(rest)
-    except Refused:  # perhaps there is a folded line
-        headers, fields = read_fields(FOLD.sub(b" ", rest))
+    headers = read_fields(FOLD.sub(b" ", rest))
+    fields = decisive(headers)
     host = fields.get(b"host")
     if host is None and version == "1.1":
         raise Refused(400, b": missing required Host header")
@@ -116,27 +114,23 @@ def read_head(data: bytes, client: object) -> Request:
     return Request(scope, body, keep_alive, waits and not body.done)
 
 
-def read_fields(text: bytes) -> tuple[Headers, dict[bytes, bytes]]:
-    """Return all headers, with their names in lower case, and DECISIVE ones, one a line."""
-    headers: Headers = []
+def read_fields(lines: bytes) -> Headers:
+    """Return the headers in `lines`, with their names in lower case. Raises Refused."""
+    found = FIELD.findall(lines)
+    if len(found) != lines.count(b"\n") - 1:  # the last line is empty, one of the others is wrong
+        raise Refused(400)
+    return [(name.lower(), value.strip(b" \t")) for name, value in found]
+
+
+def decisive(headers: Headers) -> dict[bytes, bytes]:
+    """Return the headers on which the framing depends; values that contradict are two lines."""
     fields: dict[bytes, bytes] = {}
-    for line in text.split(b"\n")[:-2]:
-        name, colon, value = line.partition(b":")
-        pair = name, value = lower(name if colon else b""), value.strip(b" \t")
-        headers.append(pair)
+    for name, value in headers:
         if name in DECISIVE:
             if name in fields and (name != b"content-length" or fields[name] != value):
                 value = fields[name] + b"\n" + value
             fields[name] = value
-    return headers, fields
-
-
-@lru_cache(1000)
-def lower(token: bytes) -> bytes:
-    """Return the name of a header in lower case. Raises Refused where it is no name."""
-    if not TOKEN.fullmatch(token):
-        raise Refused(400)
-    return token.lower()
+    return fields
 
 
 def read_length(fields: dict[bytes, bytes], version: str) -> int | None:
