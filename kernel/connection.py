@@ -21,17 +21,15 @@ from typing import Any, cast
 import httptools
 
 from kernel.errors import UpstreamError
+from kernel.http1 import END, FOLD, HEAD_LIMIT
 
 Headers = list[tuple[bytes, bytes]]
 Body = bytes | AsyncIterable[bytes] | None
 
 HIGH = 2**18  # bytes of an answer that wait for the client before the upstream has to wait
-HEAD_LIMIT = 2**20  # bytes of a head, or of what stands between two pieces of a body
-CONTINUE = 1.0  # seconds to wait for "100 Continue", as curl and Go do
+CONTINUE = 1.0  # seconds to wait for "100 Continue" or an answer, as curl and Go do
 PROBES = 15  # seconds between TCP keep-alive probes, as in Go: a NAT forgets silent connections
 LENGTH, CODING = FRAMING = (b"content-length", b"transfer-encoding")
-HEAD_END = re.compile(rb"\n\r?\n")
-FOLD = re.compile(rb"\n[ \t]+")
 # A length that stands again further down
 TWICE = re.compile(
     rb"(?ims)^content-length:[ \t]*(\d+)[ \t]*\n(?=.*^content-length:[ \t]*\1[ \t]*$)"
@@ -50,7 +48,6 @@ class Connection(asyncio.Protocol):
     """One connection. `keep` is called with it when it may be used again."""
 
     transport: asyncio.Transport  # uvloop's is not a subclass, but behaves like one
-    loop: asyncio.AbstractEventLoop
     idle_since = 0.0  # time.monotonic()
 
     def __init__(self, url: str, keep: Callable[[Connection], None]) -> None:
@@ -62,7 +59,6 @@ class Connection(asyncio.Protocol):
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self.transport = cast(asyncio.Transport, transport)
-        self.loop = asyncio.get_running_loop()
         probe(transport.get_extra_info("socket"))
 
     def is_quiet(self) -> bool:
@@ -104,18 +100,16 @@ class Answer:
 
     _at_end: Callable[[], None] | None = None
     _upload: asyncio.Task[None] | None = None  # sends the body, until it is sent whole
-    _continued: asyncio.Future[None] | None = None  # "100 Continue" has come
-    _waiter: asyncio.Future[None] | None = None
+    _waiter: asyncio.Future[None] | None = None  # for something to come
     _error: Exception | None = None
     _head = b""  # as it came
     _size = 0  # bytes in _pieces
-    _overhead = 0  # bytes since the last piece of the body
+    _overhead = 0  # bytes of the head, or of what stands between two pieces of the body
     _reusable = False
 
     def __init__(self, connection: Connection, method: str) -> None:
         self._connection: Connection | None = connection
-        self._loop, self._url = connection.loop, connection.url
-        self._method = method
+        self._url, self._method = connection.url, method
         self._pieces: list[bytes] = []  # what has come of the body since the last read
         self._parser: Any = httptools.HttpResponseParser(self)
         connection.answer = self
@@ -140,7 +134,7 @@ class Answer:
     async def arrives(self, seconds: float) -> bool:
         """Wait for some of the body, or its end; tell whether it has come in time."""
         if not (self._pieces or self.complete or self._error):
-            self._waiter = self._loop.create_future()
+            self._waiter = asyncio.get_running_loop().create_future()
             await asyncio.wait({self._waiter}, timeout=seconds)
         return bool(self._pieces or self.complete or self._error)
 
@@ -196,14 +190,15 @@ class Answer:
         if body is None or isinstance(body, bytes):
             return connection.transport.write(head + body if body else head)
         connection.transport.write(head)
-        if b"\r\nexpect: 100-continue\r\n" in head:
-            self._continued = self._loop.create_future()
-        self._upload = self._loop.create_task(self._send_body(connection, body))
+        waits = b"\r\nexpect: 100-continue\r\n" in head
+        self._upload = asyncio.create_task(self._send_body(connection, body, waits=waits))
 
-    async def _send_body(self, connection: Connection, pieces: AsyncIterable[bytes]) -> None:
+    async def _send_body(
+        self, connection: Connection, pieces: AsyncIterable[bytes], *, waits: bool
+    ) -> None:
         try:
-            if self._continued:
-                await asyncio.wait({self._continued}, timeout=CONTINUE)
+            if waits and self._waiter:
+                await asyncio.wait({self._waiter}, timeout=CONTINUE)
             async for data in pieces:
                 if not connection.is_quiet():
                     # An answer before its time, perhaps with a reset behind it. Let the loop read
@@ -249,7 +244,7 @@ class Answer:
                 if self.status or self._error or not self._head.startswith(b"HTTP/"):
                     raise
                 self._parser = None
-        if end := HEAD_END.search(self._head):
+        if end := END.search(self._head):
             self._parser = httptools.HttpResponseParser(self)
             self._parser.feed_data(canonical(self._head[: end.end()]) + self._head[end.end() :])
 
@@ -265,8 +260,6 @@ class Answer:
     def on_headers_complete(self) -> None:
         status = self._parser.get_status_code()
         codings = [value.lower() for name, value in self.headers if name == CODING]
-        if self._continued and not self._continued.done():
-            self._continued.set_result(None)
         if self.status or 101 != status < 200:  # surplus, or "100 Continue" and the like
             return
         chunked = codings == [b"chunked"] and self._parser.get_http_version() == "1.1"
@@ -301,7 +294,7 @@ class Answer:
         """Wait for something to happen. Raises what went wrong before."""
         if self._error:
             raise self._error
-        self._waiter = self._loop.create_future()
+        self._waiter = asyncio.get_running_loop().create_future()
         await self._waiter
 
     def _wake(self) -> None:
