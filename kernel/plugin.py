@@ -92,15 +92,13 @@ class Plugin:
         """
         assert self.agent is not None
         shared = vars(self.agent)
-        copies: dict[int, Any] = {}
         # One that was replaced later is the same for all requests.
-        own = {
-            name: fresh(found[0], copies)
-            for name, found in self.own.items()
-            if shared.get(name, found[0]) is found[0]
-        }
+        own = {n: made for n, (made, *_) in self.own.items() if shared.get(n, made) is made}
+        # What `deepcopy` finds here it takes as it is.
+        kept = {id(item): item for item in contents(own) if type(item) not in CONTAINERS}
         agent = object.__new__(type(self.agent))
-        vars(agent).update({**shared, **own, "context": context, "arguments": arguments})
+        vars(agent).update(shared | copy.deepcopy(own, kept))
+        vars(agent).update(context=context, arguments=arguments)
         return agent
 
 
@@ -117,19 +115,8 @@ def contents(value: Any) -> list[Any]:
         if type(item) in CONTAINERS and id(item) not in seen:
             seen.add(id(item))
             found += [*item, *item.values()] if isinstance(item, dict) else item
+            found.append(getattr(item, "default_factory", None))
     return found
-
-
-def fresh(value: Any, copies: dict[int, Any]) -> Any:
-    """Copy a container and the containers in it; `copies` maps the id of each to its copy."""
-    if type(value) not in CONTAINERS:
-        return value
-    if id(value) not in copies:
-        made = copies[id(value)] = copy.copy(value)
-        if not isinstance(made, set):
-            for key, item in list(made.items() if isinstance(made, dict) else enumerate(made)):
-                made[key] = fresh(item, copies)
-    return copies[id(value)]
 
 
 def scan(config: PluginsConfig, agents: Settings, environ: Mapping[str, str]) -> dict[str, Plugin]:

@@ -320,6 +320,7 @@ class A(Base, BaseAgent):
         self.filled_deep = {"k": {"l": []}}
         self.replaced = []
         self.lock = asyncio.Lock()
+        self.by_lock = defaultdict(self.lock.locked)
 
     def setup(self):
         self.limits = {}
@@ -332,7 +333,7 @@ class A(Base, BaseAgent):
 """
 PER_REQUEST = [
     "made", "on_class", "inherited", "nested", "count", "queue", "by_name", "cycle", "deep",
-    "settings", "LIMITS",
+    "by_lock", "settings", "LIMITS",
 ]  # fmt: skip
 SHARED = ["limits", "replaced", "filled", "filled_deep", "lock"]
 
@@ -358,6 +359,7 @@ async def test_containers_are_a_requests_own_and_what_setup_made_is_shared(plugi
     }
     assert (two.made, two.nested, two.deep) == ([], {"k": [[]]}, {"k": {"l": []}})
     assert (two.settings, two.by_name["x"], hasattr(two, "word")) == ({"list": []}, [], False)
+    assert one.by_lock.default_factory is two.by_lock.default_factory
     assert one.cycle[0] is one.made and one.cycle[1] is one.cycle  # what was one list stays one
     assert (one.context, one.arguments, two.arguments) == (context, {"k": 1}, {})
 
