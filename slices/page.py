@@ -22,6 +22,7 @@ from starlette.responses import HTMLResponse
 from starlette.routing import Route
 
 from kernel.log import info
+from kernel.readable import SAFE
 from kernel.traces import Traces, about
 
 KEYLESS = ["/osp"]  # a browser cannot send a key with what is typed into its address bar
@@ -30,12 +31,9 @@ POLICY = (
     " base-uri 'none'; form-action 'none'; frame-ancestors 'none';"
     " require-trusted-types-for 'script'; trusted-types 'none'"
 )
-HEADERS = {
-    "cache-control": "no-store",
+ALONE = {
     "cross-origin-opener-policy": "same-origin",
     "cross-origin-resource-policy": "same-origin",
-    "referrer-policy": "no-referrer",
-    "x-content-type-options": "nosniff",
 }
 CELL = '<td class="{}">{}'
 CLASSES = ["", "", "w", "w", "", "n", "n w"]  # of the cells of a row
@@ -47,7 +45,7 @@ def routes(traces: Traces, prefix: str, *, keys: bool) -> list[Route]:
     """`prefix` is the sign before commands; `keys` says that a key is needed to see requests."""
     source = Path(__file__).with_suffix(".html").read_text(encoding="utf-8")
     policy = POLICY.format(style=hash_of("style", source), script=hash_of("script", source))
-    headers = {**HEADERS, "content-security-policy": policy}
+    headers = SAFE | ALONE | {"content-security-policy": policy}
     source = source.replace("$prefix", escape(prefix)).replace("$kept", f"{traces.config.requests}")
     endpoint = partial(page, traces, source.partition("$rows"), headers, keys)
     return [Route("/osp", endpoint, methods=["GET"], name="page")]
