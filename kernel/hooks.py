@@ -50,10 +50,7 @@ class HookRunner:
     def __init__(self, plugin: Plugin, limit: float) -> None:
         self.plugin = plugin
         self.clock = Clock(limit)
-        self.loop = asyncio.get_running_loop()
-        # asyncio's debug mode logs the name of a task that blocks; an eager one has its caller's.
-        debug: dict[str, Any] = {"name": f"agent {plugin.name}"}
-        self._how = {"loop": self.loop, **(debug if self.loop.get_debug() else EAGER)}
+        self.loop = asyncio.get_running_loop()  # an eager task has to be told which (gh-154695)
 
     async def run(
         self, owner: object, name: str, args: Args = (), accept: Accept[Any] = lambda it: it
@@ -64,7 +61,7 @@ class HookRunner:
         that a hook can do.
         """
         self.clock.restart()
-        task = asyncio.Task(self._attempt(owner, name, args, accept), **self._how)
+        task = asyncio.Task(self._attempt(owner, name, args, accept), loop=self.loop, **EAGER)
         if not task.done():
             await self._wait(task)
         if self.clock.left() <= 0:
