@@ -120,7 +120,7 @@ def create_app(
         *health.routes(client, registry, keys=bool(config.keys)),
         *plugins.routes(registry, metrics=collector),
         *metrics.routes(collector),
-        *traces.routes(kept, client),
+        *traces.routes(kept),
         *page.routes(kept, config.commands.prefix, keys=bool(config.keys)),
     ]
     routes = [

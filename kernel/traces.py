@@ -31,9 +31,8 @@ TEXTS = 2**22  # bytes of all texts together
 CUT = 200  # characters of a path, a model's name or a User-Agent
 STREAMS = (b"application/x-ndjson", b"text/event-stream")
 BY_PATH = {dialect.path: dialect for dialect in DIALECTS}
-LOOK = 1.0  # seconds: at most so often Ollama is asked how large a model's context is
-MODELS = 100  # whose contexts are remembered
-UNKNOWN = 2**62
+LOOK = 1.0  # seconds: at most so often, and so long, Ollama is asked how large contexts are
+UNKNOWN = 2**62  # a context's size in an older Ollama
 NONE: Headers = []
 FULL = "the prompt filled the model's whole context, and its beginning was cut off"
 CURE = "a preset with options = { num_ctx = ... } makes it larger"
@@ -50,7 +49,8 @@ class Traces:
         self._share = TEXTS // config.requests if config.bodies else 0  # of one request
         self.running: dict[int, RequestInfo] = {}
         self.latest: deque[RequestInfo] = deque(maxlen=config.requests)  # the newest last
-        self._contexts: dict[str, tuple[int, float]] = {}  # of models: size, and the next look
+        self._contexts: dict[str, int] = {}  # of the models in memory, when looked at last
+        self._next_look = 0.0
         self._looks: set[asyncio.Task[None]] = set()
 
     def without(self, own: Collection[str]) -> Self:
@@ -129,30 +129,33 @@ class Traces:
         self.latest.append(known)
         if not known.tokens[0]:
             return
-        size, next_look = self._contexts.get(known.model, (UNKNOWN, 0.0))
-        if time.monotonic() < next_look:
-            return self._mark(known, size)
-        if len(self._contexts) > MODELS:
-            self._contexts.clear()
-        self._contexts[known.model] = UNKNOWN, time.monotonic() + LOOK
+        if time.monotonic() < self._next_look:
+            return self._mark(known)
+        self._next_look = time.monotonic() + LOOK
         task = asyncio.create_task(self._look(known))
         self._looks.add(task)
         task.add_done_callback(self._looks.discard)
 
     async def _look(self, known: RequestInfo) -> None:
-        """Ask how large the context of a model in memory is."""
-        try:
-            listed = (await self._client.ask("/api/ps"))["models"]
-            sizes = {canonical(m["model"]): int(m["context_length"]) for m in listed}
-        except (UpstreamError, LookupError, TypeError, ValueError):  # an older Ollama
-            return
-        size = sizes.get(canonical(known.model), UNKNOWN)
-        self._contexts[known.model] = size, time.monotonic() + LOOK
-        self._mark(known, size)
+        self._contexts = await self.in_memory() or {}
+        self._mark(known)
 
-    def _mark(self, known: RequestInfo, size: int) -> None:
+    async def in_memory(self) -> dict[str, int] | None:
+        """Return the models in Ollama's memory, and how large their contexts are.
+
+        Ask for a second at most; None: it does not say.
+        """
+        try:
+            async with asyncio.timeout(LOOK):
+                listed = (await self._client.ask("/api/ps"))["models"]
+            return {canonical(m["model"]): int(m.get("context_length", UNKNOWN)) for m in listed}
+        except (UpstreamError, TimeoutError, LookupError, TypeError, ValueError, AttributeError):
+            return None
+
+    def _mark(self, known: RequestInfo) -> None:
         """Mark a request, and warn, if the prompt filled the model's whole context."""
-        if known.tokens[0] >= size:
+        fits = known.tokens[0] < min(self._contexts.values(), default=UNKNOWN)  # as nearly all do
+        if not fits and known.tokens[0] >= self._contexts.get(canonical(known.model), UNKNOWN):
             known.full = True
             fields = {"request_id": known.request_id, "model": known.model[:CUT]}
             fields |= {"tokens": str(known.tokens[0]), "cure": CURE}

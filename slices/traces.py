@@ -9,20 +9,17 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any
 
 from starlette.requests import Request
-from starlette.responses import Response
+from starlette.responses import Response, StreamingResponse
 from starlette.routing import Route
-from starlette.types import Receive, Scope, Send
 
-from kernel import relay
 from kernel.access import is_operator
-from kernel.client import OllamaClient
 from kernel.dialects import dumps
-from kernel.errors import UpstreamError
 from kernel.log import WAITING, RequestInfo, info
 from kernel.models import canonical
 from kernel.readable import answer
@@ -33,11 +30,11 @@ TICK = 1.0  # seconds between two events of the stream
 Shown = dict[str, Any]
 
 
-def routes(traces: Traces, client: OllamaClient) -> list[Route]:
-    endpoint = Endpoint(traces, client)
+def routes(traces: Traces) -> list[Route]:
+    endpoint = Endpoint(traces)
     return [
         Route("/traces", endpoint.latest, methods=["GET"], name="traces"),
-        Route("/traces/stream", Stream(endpoint), methods=["GET"], name="traces-stream"),
+        Route("/traces/stream", endpoint.stream, methods=["GET"], name="traces-stream"),
         Route("/traces/{id}", endpoint.one, methods=["GET"], name="trace"),
         Route("/traces/{id}/stop", endpoint.stop, methods=["POST"], name="trace-stop"),
     ]
@@ -46,7 +43,6 @@ def routes(traces: Traces, client: OllamaClient) -> list[Route]:
 @dataclass(frozen=True, slots=True)
 class Endpoint:
     traces: Traces
-    client: OllamaClient
 
     async def latest(self, request: Request) -> Response:
         """Return running and finished requests, the newest first; the filters are ANDed."""
@@ -63,25 +59,31 @@ class Endpoint:
         body |= {"finished": [each for each in finished if fits(each, asked)]}
         return answer(request, body)
 
+    async def stream(self, request: Request) -> Response:
+        """Return an event for each second, with what runs and what has ended since."""
+        headers = {"content-type": "text/event-stream", "cache-control": "no-cache"}
+        return StreamingResponse(self.events(info(request.scope)), headers=headers)
+
+    async def events(self, viewer: RequestInfo) -> AsyncIterator[bytes]:
+        since = time.time()
+        while True:
+            now, (running, ended) = time.time(), self.traces.seen_by(viewer)
+            body: Shown = {"now": now, "running": await self.running(running)}
+            body |= {"finished": [about(each) for each in ended if each.ended >= since]}
+            since = now
+            yield b"data: " + dumps(body) + b"\n\n"
+            await asyncio.sleep(TICK)
+
     async def running(self, traces: list[RequestInfo]) -> list[Shown]:
         """Return what is told of them; where the model is not in memory, one waits for that."""
         shown = [*map(about, traces)]
         waiting = [each for each in shown if each["phase"] == WAITING and each["model"]]
         if waiting:
-            loaded = await self.loaded()
+            loaded = await self.traces.in_memory()
             for each in waiting:
                 if loaded is not None and canonical(each["model"]) not in loaded:
                     each["phase"] = "loading the model"
         return shown
-
-    async def loaded(self) -> set[str] | None:
-        """Return the models in Ollama's memory; None: it does not say."""
-        try:
-            async with asyncio.timeout(TICK):
-                listed = (await self.client.ask("/api/ps"))["models"]
-            return {canonical(model["model"]) for model in listed}
-        except (UpstreamError, TimeoutError, LookupError, TypeError):
-            return None
 
     async def one(self, request: Request) -> Response:
         viewer = info(request.scope)
@@ -98,31 +100,11 @@ class Endpoint:
         return answer(request, {"error": "there is no such request that runs"}, 404)
 
 
-@dataclass(frozen=True, slots=True)
-class Stream:
-    """GET /traces/stream: an event for each second, with what runs and what has ended since."""
-
-    endpoint: Endpoint
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        headers = [(b"content-type", b"text/event-stream"), (b"cache-control", b"no-cache")]
-        await relay.start(send, 200, headers)
-        since = time.time()
-        while True:
-            now, (running, ended) = time.time(), self.endpoint.traces.seen_by(info(scope))
-            body: Shown = {"now": now, "running": await self.endpoint.running(running)}
-            body |= {"finished": [about(each) for each in ended if each.ended >= since]}
-            since = now
-            await relay.send_chunk(send, b"data: " + dumps(body) + b"\n\n")
-            await asyncio.sleep(TICK)
-
-
 def fits(shown: Shown, asked: Any) -> bool:
     """Tell whether a trace is one of those that are asked for; names may have a *."""
-    agents = [agent["name"] for agent in shown["agents"]]
     tests = {
         "model": [shown["model"], shown["model"].removesuffix(":latest")],
-        "agent": agents,
+        "agent": [agent["name"] for agent in shown["agents"]],
         "user": [shown["user"]],
         "status": [str(shown["status"]), f"{shown['status'] // 100}xx", shown["outcome"]],
     }
