@@ -41,14 +41,13 @@ import demo
 from kernel.agent import BaseAgent, text_of
 from kernel.client import OllamaClient
 from kernel.config import HOME, AccessConfig, Config, Key, PluginsConfig, load, parse_upstream
-from kernel.dialects import Chunk, Dialect, dumps
+from kernel.dialects import AnswerState, Chunk, Dialect, dumps
 from kernel.dialects.calls import ToolCall
 from kernel.dialects.every import DIALECTS
 from kernel.dialects.responses import CLOSING
 from kernel.errors import ConfigError
 from kernel.plugin import NAME, RESERVED, Plugin, scan
 from kernel.registry import HOOKS
-from kernel.rounds import Rounds
 from kernel.server import SETTINGS
 
 Messages = list[dict[str, Any]]
@@ -270,13 +269,20 @@ def answer_of(dialect: Dialect, payload: Chat, text: str, calls: Messages) -> Re
         at = [bool(dialect.places(chunk)) for chunk in dialect.speech(head, "word")].index(True)
         chunks[at : at + 1] = [dialect.piece(chunks[at], sign) for sign in text or [""]]
     chunks = let_call(dialect, chunks, text) if calls else chunks
-    encode, rounds = dialect.encode_whole if whole else dialect.encode, Rounds(dialect, whole=whole)
-    given = [*map(encode, chunks), b"" if whole else dialect.done()]
-    frames = [frame for each in given for frame in rounds.take(each)]
     made = [ToolCall(c["name"], dumps(c.get("arguments", {})).decode()) for c in calls]
-    rounds.calls.update(enumerate(made))  # as if it had taken them out of the frames
-    kind = dialect.whole_type if whole else dialect.stream_type
-    return Response(b"".join(frames + rounds.finish(made)), media_type=kind.decode())
+    if made and whole:
+        dialect.put(chunks[0], made)
+    elif made:
+        at = [dialect.ends(chunk) for chunk in chunks].index(True)
+        chunks[at:at] = dialect.call(chunks[0], made)
+    state = AnswerState(payload)
+    for chunk in chunks:
+        dialect.settle(chunk, state)
+    encode, kind = dialect.encode, dialect.stream_type
+    if whole:
+        encode, kind = dialect.encode_whole, dialect.whole_type
+    body = b"".join([*map(encode, chunks), b"" if whole else dialect.done()])
+    return Response(body, media_type=kind.decode())
 
 
 def let_call(dialect: Dialect, chunks: list[Chunk], text: str) -> list[Chunk]:

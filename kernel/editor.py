@@ -105,6 +105,7 @@ class Editor:
         except (LookupError, TypeError, AttributeError):
             pass  # it is not of the dialect's form
         self.unread()
+        self._state.frames += 1  # it has a number, too
         return [frame]
 
     def unread(self) -> None:
@@ -115,6 +116,10 @@ class Editor:
             if run.outcome in ("", "ok"):
                 run.outcome = "unread"
                 logger.info("answer unread", extra={"fields": {"agent": run.plugin.name}})
+
+    def go_on(self) -> None:
+        """Note that the frames of another round follow."""
+        self._state.round += 1
 
     async def end(self) -> list[bytes]:
         """Return the frames that belong at the end of the text, once."""
@@ -128,7 +133,7 @@ class Editor:
         dialect, last = self._dialect, self._state.last
         if dialect.is_error(chunk):
             self._broken = True
-            return [*await self.release(), self._settled(chunk, frame, frame)]
+            return [*await self.release(), *self._settled(chunk, frame, frame)]
         if last is not None and dialect.closes(chunk, last):
             self._closing.append((frame, chunk))
             return []
@@ -146,7 +151,7 @@ class Editor:
             chunk = dialect.whole(dialect.head(self._state.asked), tail)
             dialect.merge(empty, chunk)
         for holder, key in places:
-            self._state.last, self._open = chunk, True
+            self._state.last, self._open = {**chunk}, True  # as it is before `settle`
             old = new = holder[key]
             for stage in self._stages:
                 new = await stage.feed(new)
@@ -155,23 +160,23 @@ class Editor:
             if new != old:
                 edited = dialect.swap(frame, old, new) if len(places) == 1 else None
                 holder[key] = new
-        return [*ended, self._settled(chunk, frame, edited)]
+        return [*ended, *self._settled(chunk, frame, edited)]
 
     async def _end(self, finish: str | None, before: Chunk | None) -> list[bytes]:
         """Return frames with the tail of the text, and those that close it; `before`: the end."""
         state, dialect = self._state, self._dialect
         last, tail, chunks = state.last, await self._tail(finish), []
         if tail and last and self._open:
-            state.added += 1
-            chunks = [dialect.numbered(dialect.piece(last, tail), state.number)]
-            dialect.settle(chunks[0], state)
+            chunks = [dialect.piece(last, tail)]
         elif tail:
-            chunks = dialect.alone(before or last or {}, tail, state)
+            chunks = dialect.alone(before or last or {}, tail)
+        for chunk in chunks:
+            dialect.settle(chunk, state)
         return [*map(dialect.encode, chunks), *self._closed()]
 
     def _closed(self) -> list[bytes]:
         """Return the frames that close a text: another one may follow in the same answer."""
-        frames = [self._settled(chunk, frame, frame) for frame, chunk in self._closing]
+        frames = [e for frame, chunk in self._closing for e in self._settled(chunk, frame, frame)]
         self._open = self._open and not frames
         self._closing.clear()
         return frames
@@ -185,11 +190,13 @@ class Editor:
             text = await stage.feed(text) + await stage.end(broken=broken)
         return text if broken else text + self._notice(said)
 
-    def _settled(self, chunk: Chunk, frame: bytes, edited: bytes | None) -> bytes:
+    def _settled(self, chunk: Chunk, frame: bytes, edited: bytes | None) -> list[bytes]:
         """Return `edited`, or where that is not enough the frame with the chunk as it is now."""
-        if self._dialect.settle(chunk, self._state) or edited is None:
-            return self._dialect.edit(frame, chunk)
-        return edited
+        changed = self._dialect.settle(chunk, self._state)
+        if changed is None:
+            self._open = False  # another round begins
+            return []
+        return [self._dialect.edit(frame, chunk) if changed or edited is None else edited]
 
 
 class FrameSplitter:

@@ -12,7 +12,7 @@ from typing import Any
 
 from kernel.agent import Message
 from kernel.dialects import Chunk, Dialect
-from kernel.dialects.calls import JointState, Result, ToolCall
+from kernel.dialects.calls import Result, ToolCall
 
 
 class Rounds:
@@ -24,7 +24,6 @@ class Rounds:
         self._dialect = dialect
         self._unread = unread  # called for a frame that may hold calls which cannot be read
         self._whole = whole
-        self._state = JointState()
         self._earlier: list[Chunk] = []  # the end of the rounds before this one
         self._last: Chunk = {}  # a frame after which others can be made
         self._broken = False
@@ -77,10 +76,7 @@ class Rounds:
                 holder[key] = ""
             self._ending.append((frame, chunk, bool(said) or left is not None))
             return frames
-        joined = dialect.join(chunk, self._state)
-        if joined is None:
-            return []
-        return [dialect.edit(frame, chunk) if joined or left is not None else frame]
+        return [frame if left is None else dialect.edit(frame, chunk)]
 
     def history(self, results: Sequence[Result]) -> list[Message]:
         """Return this round as messages of the payload: what the model wrote, and the results."""
@@ -96,8 +92,6 @@ class Rounds:
         for end in ends:
             self._merge(end)
         self._earlier = ends
-        self._state.round += 1
-        self._state.places = {}
         self._begin()
 
     def finish(self, calls: Sequence[ToolCall]) -> list[bytes]:
@@ -105,9 +99,7 @@ class Rounds:
         dialect = self._dialect
         frames: list[bytes] = []
         if calls and not (self._whole or self._broken):
-            for said in dialect.call(self._last, calls):
-                dialect.join(said, self._state)
-                frames.append(dialect.encode(said))
+            frames += map(dialect.encode, dialect.call(self._last, calls))
         for frame, chunk, changed in self._ending:
             if chunk is None:
                 frames.append(frame)
@@ -117,8 +109,7 @@ class Rounds:
                 dialect.stop(chunk)
             if calls and self._whole:
                 dialect.put(chunk, calls)
-            joined = dialect.join(chunk, self._state)
-            changed = changed or bool(joined or self._earlier or self.calls)
+            changed = changed or bool(self._earlier or self.calls)
             frames.append(dialect.edit(frame, chunk) if changed else frame)
         return frames
 

@@ -415,7 +415,7 @@ class Chat:
             return await relay.relay(answer, turn.scope, send, turn.headers())
         batches = frames_of(answer, self.dialect, whole=editor.whole)
         if turn.sees_calls:
-            batches = self.rounds(turn, answer, whole=editor.whole)
+            batches = self.rounds(turn, answer, editor)
         headers = [p for p in relay.response_headers(answer) if p[0] != b"content-length"]
         info(turn.scope).relayed = True
         flows = not (editor.guarded or await answer.arrives(PAUSE))
@@ -423,16 +423,16 @@ class Chat:
             await self.send(turn, editor, headers, batches, send, flows=flows)
 
     async def rounds(
-        self, turn: Turn, answer: Answer, *, whole: bool
+        self, turn: Turn, answer: Answer, editor: Editor
     ) -> AsyncGenerator[list[bytes]]:
         """Yield the frames of the answer, and of those that follow when tools were called.
 
         In the last round that may be, the model has none of our tools.
         """
-        joint = Rounds(self.dialect, whole=whole, unread=turn.unread)
+        joint = Rounds(self.dialect, whole=editor.whole, unread=turn.unread)
         for left in range(self.chain.rounds, -1, -1):
             async with aclosing(answer):
-                async for batch in frames_of(answer, self.dialect, whole=whole):
+                async for batch in frames_of(answer, self.dialect, whole=editor.whole):
                     yield [each for frame in batch for each in joint.take(frame)]
             calls = await judge(turn, joint.calls.values())
             ours = [call for call in calls if call.name in turn.tools]
@@ -447,6 +447,7 @@ class Chat:
             results = [result for _, result in await use(turn, calls)]
             turn.payload["messages"] += joint.history(results)
             joint.go_on()
+            editor.go_on()
             if left == 1:
                 turn.withdraw()
             turn.payload = await run_again(turn)
@@ -990,11 +991,10 @@ async def reply_frames(
     spoken: list[str] = []
     yield [*map(dialect.encode, chunks[:at])]
     async for piece in pieces(reply):
-        chunk = dialect.piece(chunks[at], piece)
-        yield [dialect.encode(dialect.numbered(chunk, at + len(spoken)))]
+        yield [dialect.encode(dialect.piece(chunks[at], piece))]
         spoken.append(piece)
-    rest = enumerate(dialect.speech(head, "".join(spoken))[at + 1 :], at + len(spoken))
-    yield [*(dialect.encode(dialect.numbered(chunk, n)) for n, chunk in rest), dialect.done()]
+    rest = dialect.speech(head, "".join(spoken))[at + 1 :]
+    yield [*map(dialect.encode, rest), dialect.done()]
 
 
 # What a command needs

@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from kernel.dialects import AnswerState, Dialect
 from kernel.editor import FrameSplitter
 from kernel.rounds import Rounds
 from tests import support
@@ -52,13 +53,15 @@ def body_of(path: str, said: str, stream: bool) -> bytes:
     names, _, tools = said.partition(": ")
     recorded = [f"rc_{kind}_{RECORDED[name]}_{way}" for name in names.split()]
     bodies = [raw(RECORDINGS[name]["answer"]["body"]) for name in recorded]
-    joint, frames = Rounds(dialect, whole=not stream), []
+    joint, state, frames = Rounds(dialect, whole=not stream), AnswerState({}), list[bytes]()
     for body in bodies:
         if joint.is_complete:
             joint.go_on()
+            state.round += 1
         split = FrameSplitter(dialect.end).feed(body) if stream else [body]
-        frames += [each for frame in split for each in joint.take(frame)]
-    frames += joint.finish([*joint.calls.values()])
+        taken = [each for frame in split for each in joint.take(frame)]
+        frames += settled(dialect, state, taken)
+    frames += settled(dialect, state, joint.finish([*joint.calls.values()]))
     body = b"".join(frames) if len(bodies) > 1 else bodies[0]
     ids = dict.fromkeys(re.findall(rb'"(call_\w{8})"', body))
     for name, tool in zip(ids, tools.split(), strict=True):
@@ -70,6 +73,15 @@ def body_of(path: str, said: str, stream: bool) -> bytes:
         end = support.dumped({**top, "choices": [], "usage": usage})
         body = body.replace(DONE, b"data: " + end + b"\n" + DONE)
     return body.replace(b"is.", json.dumps(SIGNS, ensure_ascii=False)[1:-1].encode())
+
+
+def settled(dialect: Dialect, state: AnswerState, frames: list[bytes]) -> Iterator[bytes]:
+    """Yield frames of several rounds as those of one answer."""
+    for frame in frames:
+        chunk = dialect.parse(frame)
+        changed = False if chunk is None else dialect.settle(chunk, state)
+        if changed is not None:
+            yield dialect.edit(frame, chunk) if chunk and changed else frame
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,8 @@ from starlette.types import Receive, Scope, Send
 import demo
 import osp
 from kernel.config import Config, build
-from kernel.dialects.calls import JointState, ToolCall
+from kernel.dialects import AnswerState, Dialect
+from kernel.dialects.calls import ToolCall
 from kernel.dialects.every import DIALECTS
 from kernel.server import SETTINGS
 
@@ -69,8 +70,15 @@ def frames(path: str, *texts: str) -> list[bytes]:
     at = next(n for n, chunk in enumerate(dialect.speech(head, "x")) if dialect.places(chunk))
     chunks = [timeless(chunk) for chunk in dialect.speech(head, "".join(texts))]
     chunks[at : at + 1] = [dialect.piece(chunks[at], text) for text in texts]
-    numbered = [dialect.encode(dialect.numbered(chunk, n)) for n, chunk in enumerate(chunks)]
-    return [*numbered, *filter(None, [dialect.done()])]
+    return [*encoded(dialect, chunks), *filter(None, [dialect.done()])]
+
+
+def encoded(dialect: Dialect, chunks: list[Any]) -> list[bytes]:
+    """Return the frames of a stream, numbered."""
+    state = AnswerState({})
+    for chunk in chunks:
+        dialect.settle(chunk, state)
+    return [*map(dialect.encode, chunks)]
 
 
 def whole(path: str, text: str) -> bytes:
@@ -80,7 +88,7 @@ def whole(path: str, text: str) -> bytes:
 
 def calling(path: str, text: str, *calls: tuple[str, Any], stream: bool = True) -> bytes:
     """Return an answer that says `text` and calls tools: (name, arguments) each."""
-    dialect, state = BY_PATH[path], JointState(blocks=bool(text), frames=1)
+    dialect = BY_PATH[path]
     made = [ToolCall(name, json.dumps(arguments)) for name, arguments in calls]
     if not stream:
         chunk = timeless(dialect.whole(HEADS[path], text))
@@ -90,12 +98,9 @@ def calling(path: str, text: str, *calls: tuple[str, Any], stream: bool = True) 
     says = [chunk for chunk in chunks if dialect.places(chunk) or "index" in chunk]
     says += [chunk for chunk in chunks if path == RESPONSES and "response" not in chunk]
     at = next(n for n, chunk in enumerate(chunks) if dialect.ends(chunk))
-    chunks[at:at] = called = dialect.call(chunks[0], made)
-    for chunk in called:
-        dialect.join(chunk, state)
+    chunks[at:at] = dialect.call(chunks[0], made)
     kept = [chunk for chunk in chunks if text or chunk not in says]
-    frames = [dialect.encode(dialect.numbered(chunk, n)) for n, chunk in enumerate(kept)]
-    return b"".join([*frames, dialect.done()])
+    return b"".join([*encoded(dialect, kept), dialect.done()])
 
 
 def timeless(chunk: dict[str, Any]) -> dict[str, Any]:

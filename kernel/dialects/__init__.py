@@ -18,7 +18,7 @@ from datetime import UTC, datetime
 from typing import Any
 
 from kernel.agent import Message, Payload, Tool
-from kernel.dialects.calls import JointState, Made, ToolCall, add, contents_of, function_of
+from kernel.dialects.calls import Made, ToolCall, add, contents_of, function_of
 from kernel.dialects.strict import dumps as dumps
 from kernel.dialects.strict import loads as loads
 from kernel.dialects.strict import loads_once as loads_once
@@ -43,16 +43,31 @@ KEYS = frozenset(  # that Ollama's decoder takes for its own in any case
 
 @dataclass(slots=True)
 class AnswerState:
-    """What the editor remembers of one answer."""
+    """What is remembered of one answer, which may be made of several rounds of calls."""
 
     asked: Payload  # the request's body as the client sent it
     hidden: frozenset[str] = frozenset()  # names of tools that the client does not know
     last: Chunk | None = None  # the last frame with text, while its text may still go on
     said: dict[str, list[str]] = field(default_factory=dict)  # edited pieces, by their item's id
-    number: int = -1  # of the last frame, in a dialect that numbers them
-    added: int = 0  # frames that the upstream did not send
+    round: int = 0
+    first: Chunk = field(default_factory=dict)  # what later rounds take over from the first
+    places: dict[Any, int] = field(default_factory=dict)  # of a round: where its blocks stand
     blocks: int = 0  # of text, calls and thinking, in a dialect that numbers them
-    items: list[Chunk] = field(default_factory=list)  # blocks that the upstream did not send
+    frames: int = 0  # that were sent
+    items: list[Chunk] = field(default_factory=list)  # blocks that the end of the answer repeats
+
+    def place(self, block: Any) -> int:
+        """Return the number that a block of this round has in the whole answer."""
+        if block not in self.places:
+            self.places[block] = self.blocks
+            self.blocks += 1
+        return self.places[block]
+
+    def continues(self, chunk: Chunk, keys: Sequence[str]) -> bool:
+        """Give a frame what the first one has under `keys`; tell whether it is of a later round."""
+        self.first = self.first or {key: chunk[key] for key in keys if key in chunk}
+        chunk |= self.first if self.round else {}
+        return self.round > 0
 
 
 class Dialect:
@@ -173,16 +188,15 @@ class Dialect:
         kept = {key: value for key, value in last.items() if key not in LAST}
         return kept | {"message": {"role": "assistant", "content": text}, "done": False}
 
-    def alone(self, end: Chunk, text: str, state: AnswerState) -> list[Chunk]:
+    def alone(self, end: Chunk, text: str) -> list[Chunk]:
         """Return new frames that say `text` where no text is open, before the frame `end`."""
         return [self.piece(end, text)]
 
-    def numbered(self, chunk: Chunk, number: int) -> Chunk:
-        """Return a frame with its number, in a dialect that numbers them."""
-        return chunk
+    def settle(self, chunk: Chunk, state: AnswerState) -> bool | None:
+        """Make a frame agree with those that were sent before it; tell whether it changed.
 
-    def settle(self, chunk: Chunk, state: AnswerState) -> bool:
-        """Make a frame agree with those that were edited before it; tell whether it changed."""
+        None: it is not sent, since the answer has begun in an earlier round.
+        """
         return False
 
     # Tools: `ToolCall` and `Result` are the same in every dialect
@@ -220,10 +234,6 @@ class Dialect:
         """Tell whether a frame belongs to the end of an answer."""
         return chunk.get("done") is True
 
-    def join(self, chunk: Chunk, state: JointState) -> bool | None:
-        """Make a frame one of the whole answer; tell whether it changed. None: it is dropped."""
-        return False
-
     def merge(self, earlier: Chunk, chunk: Chunk) -> None:
         """Add to the end of a round, or to a whole answer, what an earlier one has."""
         old, new = self.message(earlier), self.message(chunk)
@@ -250,7 +260,7 @@ class Dialect:
         return [self.entry(call, number) for number, call in enumerate(calls)]
 
     def call(self, last: Chunk, calls: Sequence[ToolCall]) -> list[Chunk]:
-        """Return the frames of a stream that say calls, made of another frame; `join` follows."""
+        """Return the frames of a stream that say calls, made of another frame."""
         chunks = [self.piece(last, "") for _ in calls]
         for chunk, entry in zip(chunks, self.entries(calls), strict=True):
             self.message(chunk)["tool_calls"] = [entry]
@@ -309,6 +319,8 @@ class SSE(Dialect):
     end = re.compile(rb"\r?\n\r?\n")
     data = re.compile(rb"(?m)^data:[ ]?(.*?)\r?$")
     bare = re.compile(rb"(?:(?::|event:|id:|retry:)[^\n]*+|\s)*+(?:data:[ ]?\[DONE\]\s*)?")
+    begins: tuple[str, ...] = ()  # types of the frames with which an answer begins
+    index = "index"  # the key under which a frame has the number of its block
 
     def span(self, frame: bytes) -> tuple[int, int]:
         line = self.data.search(frame)  # a whole answer has no such line, an event has one
@@ -327,6 +339,15 @@ class SSE(Dialect):
         if is_said or think in (None, True):
             return {}
         return {self.effort: holder | {"effort": think or "none"}}
+
+    def settle(self, chunk: Chunk, state: AnswerState) -> bool | None:
+        if state.round and chunk.get("type") in self.begins:
+            state.places = {}
+            return None
+        at = chunk.get(self.index)
+        if at is not None:
+            chunk[self.index] = state.place(at)
+        return at != chunk.get(self.index)
 
     def counts(self, chunk: Chunk) -> Chunk:
         return table(chunk.get("response", chunk).get("usage"))

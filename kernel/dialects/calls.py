@@ -1,4 +1,4 @@
-"""Calls: what a call of a tool is in every dialect, and what rounds with calls leave behind."""
+"""Calls: what a call of a tool is in every dialect, and its result."""
 
 from __future__ import annotations
 
@@ -36,25 +36,6 @@ class ToolCall:
 
 
 Made = tuple[ToolCall, Result]
-
-
-@dataclass(slots=True)
-class JointState:
-    """What is remembered of the rounds of which one answer is made."""
-
-    round: int = 0
-    first: Chunk = field(default_factory=dict)  # what later rounds take over from the first
-    places: dict[Any, int] = field(default_factory=dict)  # of a round: where its blocks stand
-    blocks: int = 0  # in the answer so far
-    frames: int = 0
-    items: list[Chunk] = field(default_factory=list)  # that the end of the answer repeats
-
-    def place(self, block: Any) -> int:
-        """Return the index of a block of this round in the whole answer."""
-        if block not in self.places:
-            self.places[block] = self.blocks
-            self.blocks += 1
-        return self.places[block]
 
 
 def function_of(tool: Tool, schema: str) -> Chunk:

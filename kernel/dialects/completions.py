@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from datetime import UTC, datetime
 
 from kernel.agent import Message, Payload
-from kernel.dialects import LAST, SSE, Chunk, dumps, table
-from kernel.dialects.calls import JointState, Made, ToolCall, contents_of, data_url
+from kernel.dialects import LAST, SSE, AnswerState, Chunk, dumps, table
+from kernel.dialects.calls import Made, ToolCall, contents_of, data_url
 
 USAGE = {"prompt_tokens": 0, "completion_tokens": 0, "total_tokens": 0}  # of a reply of our own
 
@@ -52,22 +52,24 @@ class Completions(SSE):
         new = {"index": 0, **choice, "delta": {"content": text}, "finish_reason": None}
         return kept | {"choices": [new]}
 
+    def settle(self, chunk: Chunk, state: AnswerState) -> bool | None:
+        if state.frames and not state.round:  # most frames
+            return False
+        changed = state.continues(chunk, ("id", "created"))
+        delta = self.choice(chunk).get("delta")
+        if delta and not state.frames:  # the first one alone says the role
+            changed = changed or "role" not in delta
+            delta.setdefault("role", "assistant")
+        elif delta and changed:
+            delta.pop("role", None)
+        state.frames += bool(delta)
+        return changed
+
     # Tools
 
     def ends(self, chunk: Chunk) -> bool:
         choice = self.choice(chunk)
         return not choice or bool(choice.get("finish_reason"))
-
-    def join(self, chunk: Chunk, state: JointState) -> bool | None:
-        before = dumps(chunk)
-        state.first = state.first or {key: chunk[key] for key in ("id", "created") if key in chunk}
-        chunk |= state.first
-        if delta := self.choice(chunk).get("delta"):  # exactly the first one says the role
-            delta |= {"role": "assistant"} if not state.frames else {}
-            if state.frames:
-                delta.pop("role", None)
-            state.frames += 1
-        return dumps(chunk) != before
 
     def stop(self, chunk: Chunk) -> None:
         if choice := self.choice(chunk):

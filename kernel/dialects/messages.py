@@ -12,17 +12,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from kernel.agent import Message, Payload, Tool
-from kernel.dialects import (
-    SSE,
-    AnswerState,
-    Chunk,
-    Place,
-    dumps,
-    place_in,
-    split_lead,
-    table,
-)
-from kernel.dialects.calls import JointState, Made, ToolCall, contents_of, function_of
+from kernel.dialects import SSE, Chunk, Place, dumps, place_in, split_lead, table
+from kernel.dialects.calls import Made, ToolCall, contents_of, function_of
 
 FINISHES = {"end_turn": "stop", "stop_sequence": "stop", "max_tokens": "length"}
 FINISHES |= {"tool_use": "tool_calls"}
@@ -35,6 +26,7 @@ class Messages(SSE):
     name = "anthropic"
     path = "/v1/messages"
     effort = "output_config"
+    begins = ("message_start",)
 
     def read(self, body: Payload) -> Payload:
         messages, system = body.get("messages") or [], body.get("system")
@@ -84,17 +76,8 @@ class Messages(SSE):
     def piece(self, last: Chunk, text: str) -> Chunk:
         return last | {"delta": {"type": "text_delta", "text": text}}
 
-    def alone(self, end: Chunk, text: str, state: AnswerState) -> list[Chunk]:
-        block = {"index": state.blocks}
-        state.items.append(block)
-        return block_of(text, block)
-
-    def settle(self, chunk: Chunk, state: AnswerState) -> bool:
-        if "index" not in chunk:
-            return False
-        chunk["index"] += len(state.items)  # blocks of ours stand before it
-        state.blocks = chunk["index"] + 1
-        return bool(state.items)
+    def alone(self, end: Chunk, text: str) -> list[Chunk]:
+        return block_of(text, {"index": secrets.token_hex(4)})
 
     # Tools
 
@@ -126,14 +109,6 @@ class Messages(SSE):
     def ends(self, chunk: Chunk) -> bool:
         return chunk.get("type") in ("message_delta", "message_stop", "message")
 
-    def join(self, chunk: Chunk, state: JointState) -> bool | None:
-        if chunk.get("type") == "message_start" and state.round:
-            return None
-        at = chunk.get("index")
-        if at is not None:
-            chunk["index"] = state.place(at)
-        return at != chunk.get("index")
-
     def merge(self, earlier: Chunk, chunk: Chunk) -> None:
         super().merge(earlier, chunk)
         if earlier.get("content"):
@@ -153,7 +128,7 @@ class Messages(SSE):
         for call in calls:
             block = call.entry | {"type": "tool_use", "id": call.id, "name": call.name, "input": {}}
             delta = {"type": "input_json_delta", "partial_json": call.arguments or "{}"}
-            at = {"index": call.id}  # a place of its own, which `join` numbers
+            at = {"index": call.id}  # a place of its own, which `settle` numbers
             chunks += [
                 {"type": "content_block_start", **at, "content_block": block},
                 {"type": "content_block_delta", **at, "delta": delta},

@@ -15,7 +15,7 @@ from typing import Any
 
 from kernel.agent import Message, Payload, Tool, text_of
 from kernel.dialects import SSE, AnswerState, Chunk, Place, place_in, split_lead, table
-from kernel.dialects.calls import JointState, Made, ToolCall, contents_of, data_url, function_of
+from kernel.dialects.calls import Made, ToolCall, contents_of, data_url, function_of
 
 CLOSING = [f"response.{part}.done" for part in ("output_text", "content_part", "output_item")]
 DELTA = "response.output_text.delta"
@@ -23,6 +23,7 @@ BEGINS = ("response.created", "response.in_progress")
 ENDS = ("response.completed", "response.incomplete")
 ERRORS = ("error", "response.failed")
 SPOKEN_ITEMS = ("reasoning", "function_call", "function_call_output")  # of a round with tools
+NUMBER: Chunk = {"sequence_number": 0}  # of a new frame, until `settle` numbers it
 USAGE: Chunk = dict.fromkeys(("input_tokens", "output_tokens", "total_tokens"), 0)  # of a reply
 USAGE |= {"input_tokens_details": {"cached_tokens": 0}}
 USAGE |= {"output_tokens_details": {"reasoning_tokens": 0}}
@@ -34,6 +35,8 @@ class Responses(SSE):
     name = "responses"
     path = "/v1/responses"
     echoes = True  # `instructions`
+    begins = BEGINS
+    index = "output_index"
 
     def read(self, body: Payload) -> Payload:
         items, system = body.get("input") or [], body.get("instructions")
@@ -97,35 +100,39 @@ class Responses(SSE):
     def piece(self, last: Chunk, text: str) -> Chunk:
         return last | {"delta": text, "logprobs": []}
 
-    def numbered(self, chunk: Chunk, number: int) -> Chunk:
-        return chunk | {"sequence_number": number}
+    def alone(self, end: Chunk, text: str) -> list[Chunk]:
+        return block_of(item_that_says(text, f"msg_{secrets.token_hex(6)}"))
 
-    def alone(self, end: Chunk, text: str, state: AnswerState) -> list[Chunk]:
-        item = item_that_says(text, f"msg_{secrets.token_hex(6)}")
-        chunks = block_of(item, state.blocks)
-        state.items.append(item)
-        for chunk in chunks:
-            state.added += 1
-            chunk["sequence_number"] = state.number + state.added
-        return chunks
-
-    def settle(self, chunk: Chunk, state: AnswerState) -> bool:
-        changed = bool(state.added)
-        if "output_index" in chunk:
-            chunk["output_index"] += len(state.items)  # items of ours stand before it
-            state.blocks = chunk["output_index"] + 1
-        if "sequence_number" in chunk:
-            state.number = chunk["sequence_number"]
-            chunk["sequence_number"] += state.added
+    def settle(self, chunk: Chunk, state: AnswerState) -> bool | None:
+        changed = super().settle(chunk, state)
+        if changed is None:
+            return None
         if chunk.get("type") == DELTA:
             state.said.setdefault(chunk["item_id"], []).append(chunk["delta"])
+        elif self.settle_repeated(chunk, state):
+            changed = True
+        if "sequence_number" in chunk:
+            number, chunk["sequence_number"] = chunk["sequence_number"], state.frames
+            state.frames += 1
+            changed = changed or number != chunk["sequence_number"]
+        return changed
+
+    def settle_repeated(self, chunk: Chunk, state: AnswerState) -> bool:
+        """Make what a frame says once more agree with what was said; tell whether it changed."""
+        response, own = chunk.get("response") or chunk, state.asked.get("instructions")
+        changed = "response" in chunk and state.continues(response, ("id", "created_at"))
         for key, part in repeated(chunk):
             text = "".join(state.said.get(key, [part["text"]]))
             if part["text"] != text:
                 part["text"], changed = text, True
-        response, own = chunk.get("response") or chunk, state.asked.get("instructions")
-        if chunk.get("type") in ENDS and state.items:
-            response["output"] = [*(response.get("output") or []), *state.items]
+        if chunk.get("type") == "response.output_item.done":
+            state.items.append(chunk["item"])
+        if chunk.get("type") in ENDS:
+            output = response.get("output") or []
+            listed = {item["id"] for item in output}
+            missing = [item for item in state.items if item["id"] not in listed]
+            if missing:
+                response["output"], changed = output + missing, True
         if response.get("instructions", own) != own:
             response["instructions"], changed = own, True
         if state.hidden and (tools := response.get("tools")):
@@ -163,27 +170,6 @@ class Responses(SSE):
     def ends(self, chunk: Chunk) -> bool:
         return chunk.get("type", ENDS[0]) in ENDS
 
-    def join(self, chunk: Chunk, state: JointState) -> bool | None:
-        if "type" not in chunk:
-            return False
-        if chunk["type"] in BEGINS and state.round:
-            return None
-        before = [chunk.get("output_index"), chunk.get("sequence_number")]
-        response = chunk.get("response") or {}
-        if response:
-            state.first = state.first or {key: response[key] for key in ("id", "created_at")}
-            response |= state.first
-        if chunk["type"] in ENDS and state.items:
-            response["output"] = [*(response.get("output") or []), *state.items]
-        item = chunk.get("item") or {}
-        if item.get("type") == "function_call" and item["status"] == "completed":
-            state.items.append(item)
-        if name := chunk.get("item_id") or item.get("id"):
-            chunk["output_index"] = state.place(name)
-        chunk["sequence_number"] = state.frames
-        state.frames += 1
-        return [chunk.get("output_index"), chunk["sequence_number"]] != before or state.round > 0
-
     def merge(self, earlier: Chunk, chunk: Chunk) -> None:
         super().merge(earlier, chunk)
         old, new = earlier.get("response", earlier), chunk.get("response", chunk)
@@ -194,7 +180,7 @@ class Responses(SSE):
         return item | {"call_id": call.id, "name": call.name, "arguments": call.arguments or "{}"}
 
     def call(self, last: Chunk, calls: Sequence[ToolCall]) -> list[Chunk]:
-        return [chunk for item in self.entries(calls) for chunk in block_of(item, 0)]
+        return [chunk for item in self.entries(calls) for chunk in block_of(item)]
 
     def put(self, chunk: Chunk, calls: Sequence[ToolCall]) -> None:
         chunk.get("response", chunk)["output"] += self.entries(calls)
@@ -228,13 +214,12 @@ class Responses(SSE):
 
     def speech(self, head: Chunk, text: str) -> list[Chunk]:
         response = self.whole(head, text)
-        chunks = [
-            {"response": head, "type": "response.created"},
-            {"response": head, "type": "response.in_progress"},
-            *block_of(response["output"][0], 0),
-            {"response": response, "type": "response.completed"},
+        return [
+            {"response": head, "type": "response.created", **NUMBER},
+            {"response": head, "type": "response.in_progress", **NUMBER},
+            *block_of(response["output"][0]),
+            {"response": response, "type": "response.completed", **NUMBER},
         ]
-        return [self.numbered(chunk, number) for number, chunk in enumerate(chunks)]
 
     def whole(self, head: Chunk, text: str) -> Chunk:
         end = {"status": "completed", "completed_at": int(time.time()), "usage": deepcopy(USAGE)}
@@ -247,7 +232,7 @@ def item_that_says(text: str, name: str) -> Chunk:
     return item | {"role": "assistant", "content": [part]}
 
 
-def block_of(item: Chunk, index: int) -> list[Chunk]:
+def block_of(item: Chunk) -> list[Chunk]:
     """Return the frames of an item: a call, or a message with one text."""
     if item["type"] == "function_call":
         text, at = item["arguments"], {"item_id": item["id"]}
@@ -265,7 +250,8 @@ def block_of(item: Chunk, index: int) -> list[Chunk]:
     events: list[tuple[str, Chunk]] = [("output_item.added", begun)]
     events += [(kind, at | fields) for kind, fields in inner]
     events += [("output_item.done", {"item": item})]
-    return [{**e, "output_index": index, "type": f"response.{kind}"} for kind, e in events]
+    ours = {"output_index": item["id"]} | NUMBER  # a place of its own, which `settle` numbers
+    return [{**fields, "type": f"response.{kind}", **ours} for kind, fields in events]
 
 
 def call_of(item: Chunk) -> ToolCall:
