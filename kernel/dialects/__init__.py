@@ -277,13 +277,13 @@ class Dialect:
 
     def results(self, results: Sequence[Made]) -> list[Message]:
         """Return the results of calls as messages of the payload."""
-        messages = []
-        for call, result in results:
-            text, images = contents_of(result)
-            message: Message = {"role": "tool", "content": text, "tool_name": call.name}
-            message |= {"images": [image["data"] for image in images]} if images else {}
-            messages.append(message | {"tool_call_id": call.id})
-        return messages
+        return [self.result(call, *contents_of(result)) for call, result in results]
+
+    def result(self, call: ToolCall, text: str, images: list[Message]) -> Message:
+        """Return one of `results`; the images are MCP's."""
+        message: Message = {"role": "tool", "content": text, "tool_name": call.name}
+        message |= {"images": [image["data"] for image in images]} if images else {}
+        return message | {"tool_call_id": call.id}
 
     # A reply that no model gave
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import secrets
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -50,6 +51,12 @@ def contents_of(result: Result) -> tuple[str, list[Message]]:
         return result, []
     texts = [part["text"] for part in result if part["type"] == "text"]
     return "\n\n".join(texts), [part for part in result if part["type"] == "image"]
+
+
+def joint(kind: str, text: str, images: Iterable[Message]) -> str | list[Message]:
+    """Return a text with images, if there are any, as parts; `kind` is the type of the text's."""
+    shown = [*images]
+    return [{"type": kind, "text": text}, *shown] if shown else text
 
 
 def data_url(image: Message) -> str:

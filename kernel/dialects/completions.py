@@ -7,7 +7,7 @@ from datetime import UTC, datetime
 
 from kernel.agent import Message, Payload
 from kernel.dialects import LAST, SSE, AnswerState, Chunk, dumps, table
-from kernel.dialects.calls import Made, ToolCall, contents_of, data_url
+from kernel.dialects.calls import ToolCall, data_url, joint
 
 USAGE = {"prompt_tokens": 0, "completion_tokens": 0, "total_tokens": 0}  # of a reply of our own
 
@@ -86,14 +86,9 @@ class Completions(SSE):
         thought = {"reasoning": thinking} if thinking else {}
         return [message | {"content": text or None} | thought]
 
-    def results(self, results: Sequence[Made]) -> list[Message]:
-        messages: list[Message] = []
-        for call, result in results:
-            text, images = contents_of(result)
-            urls = [{"type": "image_url", "image_url": {"url": data_url(i)}} for i in images]
-            content = [{"type": "text", "text": text}, *urls] if images else text
-            messages.append({"role": "tool", "tool_call_id": call.id, "content": content})
-        return messages
+    def result(self, call: ToolCall, text: str, images: list[Message]) -> Message:
+        urls = ({"type": "image_url", "image_url": {"url": data_url(image)}} for image in images)
+        return {"role": "tool", "tool_call_id": call.id, "content": joint("text", text, urls)}
 
     def head(self, request: Payload) -> Chunk:
         now = datetime.now(UTC)

@@ -13,7 +13,7 @@ from typing import Any
 
 from kernel.agent import Message, Payload, Tool
 from kernel.dialects import SSE, Chunk, Place, dumps, place_in, split_lead, table
-from kernel.dialects.calls import Made, ToolCall, contents_of, function_of
+from kernel.dialects.calls import Made, ToolCall, function_of, joint
 
 FINISHES = {"end_turn": "stop", "stop_sequence": "stop", "max_tokens": "length"}
 FINISHES |= {"tool_use": "tool_calls"}
@@ -145,13 +145,11 @@ class Messages(SSE):
         return [{"role": "assistant", "content": blocks + self.entries(calls)}]
 
     def results(self, results: Sequence[Made]) -> list[Message]:
-        blocks: list[Message] = []
-        for call, result in results:
-            text, images = contents_of(result)
-            parts = [{"type": "text", "text": text}, *map(source_of, images)]
-            block = {"type": "tool_result", "tool_use_id": call.id}
-            blocks.append(block | {"content": parts if images else text})
-        return [{"role": "user", "content": blocks}]
+        return [{"role": "user", "content": super().results(results)}]
+
+    def result(self, call: ToolCall, text: str, images: list[Message]) -> Message:
+        content = joint("text", text, map(source_of, images))
+        return {"type": "tool_result", "tool_use_id": call.id, "content": content}
 
     def head(self, request: Payload) -> Chunk:
         head = {"id": f"msg_{secrets.token_hex(12)}", "type": "message", "role": "assistant"}

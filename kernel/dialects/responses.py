@@ -15,7 +15,7 @@ from typing import Any
 
 from kernel.agent import Message, Payload, Tool, text_of
 from kernel.dialects import SSE, AnswerState, Chunk, Place, place_in, split_lead, table
-from kernel.dialects.calls import Made, ToolCall, contents_of, data_url, function_of
+from kernel.dialects.calls import ToolCall, data_url, function_of, joint
 
 CLOSING = [f"response.{part}.done" for part in ("output_text", "content_part", "output_item")]
 DELTA = "response.output_text.delta"
@@ -194,15 +194,10 @@ class Responses(SSE):
             items.append({"type": "message", "role": "assistant", "content": [part]})
         return items + self.entries(calls)
 
-    def results(self, results: Sequence[Made]) -> list[Message]:
-        items: list[Message] = []
-        for call, result in results:
-            text, images = contents_of(result)
-            urls = [{"type": "input_image", "image_url": data_url(image)} for image in images]
-            output = [{"type": "input_text", "text": text}, *urls] if images else text
-            item = {"type": "function_call_output", "call_id": call.id, "output": output}
-            items.append(item)
-        return items
+    def result(self, call: ToolCall, text: str, images: list[Message]) -> Message:
+        urls = ({"type": "input_image", "image_url": data_url(image)} for image in images)
+        output = joint("input_text", text, urls)
+        return {"type": "function_call_output", "call_id": call.id, "output": output}
 
     def head(self, request: Payload) -> Chunk:
         head: Chunk = {"id": f"resp_{secrets.token_hex(6)}", "object": "response"}
