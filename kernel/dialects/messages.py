@@ -77,7 +77,7 @@ class Messages(SSE):
         return last | {"delta": {"type": "text_delta", "text": text}}
 
     def alone(self, end: Chunk, text: str) -> list[Chunk]:
-        return block_of(text, {"index": secrets.token_hex(4)})
+        return text_block(secrets.token_hex(4), text)
 
     # Tools
 
@@ -126,14 +126,8 @@ class Messages(SSE):
     def call(self, last: Chunk, calls: Sequence[ToolCall]) -> list[Chunk]:
         chunks: list[Chunk] = []
         for call in calls:
-            block = call.entry | {"type": "tool_use", "id": call.id, "name": call.name, "input": {}}
             delta = {"type": "input_json_delta", "partial_json": call.arguments or "{}"}
-            at = {"index": call.id}  # a place of its own, which `settle` numbers
-            chunks += [
-                {"type": "content_block_start", **at, "content_block": block},
-                {"type": "content_block_delta", **at, "delta": delta},
-                {"type": "content_block_stop", **at},
-            ]
+            chunks += block_of(call.id, self.entry(call, 0) | {"input": {}}, delta)
         return chunks
 
     def put(self, chunk: Chunk, calls: Sequence[ToolCall]) -> None:
@@ -158,7 +152,7 @@ class Messages(SSE):
     def speech(self, head: Chunk, text: str) -> list[Chunk]:
         return [
             {"type": "message_start", "message": head},
-            *block_of(text, {"index": 0}),
+            *text_block(0, text),
             {"type": "message_delta", "delta": {"stop_reason": "end_turn"}, "usage": USAGE},
             {"type": "message_stop"},
         ]
@@ -168,14 +162,17 @@ class Messages(SSE):
         return head | said | {"usage": {**USAGE}}
 
 
-def block_of(text: str, at: Chunk) -> list[Chunk]:
-    """Return the frames of a block of text; `at` has its index."""
-    block, delta = {"type": "text", "text": ""}, {"type": "text_delta", "text": text}
+def block_of(at: int | str, block: Chunk, delta: Chunk) -> list[Chunk]:
+    """Return the frames of a block; `at` is its index, or a name that `settle` makes one of."""
     return [
-        {"type": "content_block_start", **at, "content_block": block},
-        {"type": "content_block_delta", **at, "delta": delta},
-        {"type": "content_block_stop", **at},
+        {"type": "content_block_start", "index": at, "content_block": block},
+        {"type": "content_block_delta", "index": at, "delta": delta},
+        {"type": "content_block_stop", "index": at},
     ]
+
+
+def text_block(at: int | str, text: str) -> list[Chunk]:
+    return block_of(at, {"type": "text", "text": ""}, {"type": "text_delta", "text": text})
 
 
 def source_of(image: Message) -> Message:
