@@ -33,7 +33,7 @@ class Rounds:
         self.calls: dict[Any, ToolCall] = {}
         self._text: list[str] = []
         self._thinking: list[str] = []
-        self._ending: list[tuple[bytes, Chunk | None, bool]] = []  # the last: a frame has changed
+        self._ending: list[tuple[bytes, Chunk | None]] = []
 
     @property
     def is_complete(self) -> bool:
@@ -42,17 +42,18 @@ class Rounds:
 
     def take(self, frame: bytes) -> list[bytes]:
         """Return the frames that take the place of `frame`, but for calls and the end."""
+        if self._broken:
+            return [frame]
         chunk = self._dialect.parse(frame)
         try:
             if chunk is not None:
-                return [frame] if self._broken else self._take(frame, chunk)
+                return self._take(frame, chunk)
         except (LookupError, TypeError, AttributeError):
+            pass  # it is not of the dialect's form
+        if chunk is not None or not self._dialect.bare.fullmatch(frame):
             self._unread()
-            return [frame]
-        if not self._dialect.bare.fullmatch(frame):
-            self._unread()
-        if self._ending and not self._broken:
-            self._ending.append((frame, None, False))
+        if chunk is None and self._ending:
+            self._ending.append((frame, None))
             return []
         return [frame]
 
@@ -74,7 +75,7 @@ class Rounds:
             frames = [dialect.encode(dialect.piece(chunk, holder[key])) for holder, key in said]
             for holder, key in said:
                 holder[key] = ""
-            self._ending.append((frame, chunk, bool(said) or left is not None))
+            self._ending.append((dialect.edit(frame, chunk) if said else frame, chunk))
             return frames
         return [frame if left is None else dialect.edit(frame, chunk)]
 
@@ -88,7 +89,7 @@ class Rounds:
 
     def go_on(self) -> None:
         """Begin the next round."""
-        ends = [chunk for _, chunk, _ in self._ending if chunk is not None]
+        ends = [chunk for _, chunk in self._ending if chunk is not None]
         for end in ends:
             self._merge(end)
         self._earlier = ends
@@ -100,8 +101,8 @@ class Rounds:
         frames: list[bytes] = []
         if calls and not (self._whole or self._broken):
             frames += map(dialect.encode, dialect.call(self._last, calls))
-        for frame, chunk, changed in self._ending:
-            if chunk is None:
+        for frame, chunk in self._ending:
+            if chunk is None or not (self._earlier or self.calls):
                 frames.append(frame)
                 continue
             self._merge(chunk)
@@ -109,8 +110,7 @@ class Rounds:
                 dialect.stop(chunk)
             if calls and self._whole:
                 dialect.put(chunk, calls)
-            changed = changed or bool(self._earlier or self.calls)
-            frames.append(dialect.edit(frame, chunk) if changed else frame)
+            frames.append(dialect.edit(frame, chunk))
         return frames
 
     def _merge(self, end: Chunk) -> None:
