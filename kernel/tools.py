@@ -59,10 +59,7 @@ def offered_by(agent: BaseAgent) -> list[Tool]:
         if not (isinstance(schema, dict) and isinstance(tool.get("description", ""), str)):
             text = "needs a text as its description, and a JSON schema as its parameters"
             raise PluginExecutionError(f"self.tools: {name} {text}")
-    try:
-        dumps(offered)
-    except (TypeError, ValueError, RecursionError) as exc:
-        raise PluginExecutionError(f"self.tools: cannot be sent: {exc}") from None
+    check_sent(offered, "self.tools:")
     return list(offered)
 
 
@@ -82,11 +79,16 @@ def judged(result: Any, known: Iterable[str]) -> list[Call]:
         named = isinstance(table(call).get("name"), str) and call.get("id") in known
         if not (named and isinstance(call.get("arguments"), dict)):
             raise PluginExecutionError("on_calls returned what is no call, or one of its own")
-    try:
-        dumps(result)
-    except (TypeError, ValueError, RecursionError) as exc:
-        raise PluginExecutionError(f"on_calls returned what cannot be sent: {exc}") from exc
+    check_sent(result, "on_calls returned what")
     return result
+
+
+def check_sent(value: Any, what: str) -> None:
+    """Raise PluginExecutionError for what is no JSON."""
+    try:
+        dumps(value)
+    except (TypeError, ValueError, RecursionError) as exc:
+        raise PluginExecutionError(f"{what} cannot be sent: {exc}") from None
 
 
 def change(call: ToolCall, to: Call) -> None:
