@@ -25,7 +25,7 @@ class Rounds:
         self._unread = unread  # called for a frame that may hold calls which cannot be read
         self._whole = whole
         self._earlier: list[Chunk] = []  # the end of the rounds before this one
-        self._last: Chunk = {}  # a frame after which others can be made
+        self._last: Chunk = {}  # the last frame: others are made of it
         self._broken = False
         self._begin()
 
@@ -65,8 +65,7 @@ class Rounds:
         places = dialect.places(chunk)
         self._text += [holder[key] for holder, key in places]
         self._thinking.append(dialect.thoughts(chunk))
-        if not self._last or (dialect.message(chunk) and not dialect.ends(chunk)):
-            self._last = chunk
+        self._last = chunk
         left = dialect.take(chunk, self.calls)
         if left == {}:
             return []

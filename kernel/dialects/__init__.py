@@ -178,7 +178,10 @@ class Dialect:
         return False
 
     def finish(self, chunk: Chunk) -> str | None:
-        """Return how the answer finished (stop, length, ...) in a frame that ends text, or None."""
+        """Return how the answer finished (stop, length, ...) in a frame that ends text, or None.
+
+        A frame that begins a call ends text, too: then it is "tool_calls".
+        """
         if chunk.get("done") is True:
             return str(chunk.get("done_reason") or "")
         return "tool_calls" if self.message(chunk).get("tool_calls") else None
@@ -231,8 +234,8 @@ class Dialect:
         return message.get("thinking") or message.get("reasoning") or ""
 
     def ends(self, chunk: Chunk) -> bool:
-        """Tell whether a frame belongs to the end of an answer."""
-        return chunk.get("done") is True
+        """Tell whether a frame that holds no calls (`take`) belongs to the end of an answer."""
+        return self.finish(chunk) is not None
 
     def merge(self, earlier: Chunk, chunk: Chunk) -> None:
         """Add to the end of a round, or to a whole answer, what an earlier one has."""

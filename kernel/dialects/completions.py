@@ -67,10 +67,6 @@ class Completions(SSE):
 
     # Tools
 
-    def ends(self, chunk: Chunk) -> bool:
-        choice = self.choice(chunk)
-        return not choice or bool(choice.get("finish_reason"))
-
     def stop(self, chunk: Chunk) -> None:
         if choice := self.choice(chunk):
             choice["finish_reason"] = "stop"

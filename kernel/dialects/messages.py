@@ -68,7 +68,7 @@ class Messages(SSE):
         kind = chunk.get("type")
         if kind == "content_block_start":  # another block begins: text before it has ended
             return "tool_calls" if chunk["content_block"].get("type") == "tool_use" else None
-        if kind not in ("message_delta", "message"):
+        if kind not in ("message_delta", "message_stop", "message"):
             return None
         reason = str(chunk.get("delta", chunk).get("stop_reason") or "")
         return FINISHES.get(reason, reason)
@@ -105,9 +105,6 @@ class Messages(SSE):
     def thoughts(self, chunk: Chunk) -> str:
         holders = [chunk.get("delta") or {}, *(chunk.get("content") or [])]
         return "".join(holder.get("thinking", "") for holder in holders)
-
-    def ends(self, chunk: Chunk) -> bool:
-        return chunk.get("type") in ("message_delta", "message_stop", "message")
 
     def merge(self, earlier: Chunk, chunk: Chunk) -> None:
         super().merge(earlier, chunk)

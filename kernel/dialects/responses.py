@@ -167,9 +167,6 @@ class Responses(SSE):
         items = (chunk.get("output") or []) if "type" not in chunk else []
         return "".join(part["text"] for item in items for part in item.get("summary", ()))
 
-    def ends(self, chunk: Chunk) -> bool:
-        return chunk.get("type", ENDS[0]) in ENDS
-
     def merge(self, earlier: Chunk, chunk: Chunk) -> None:
         super().merge(earlier, chunk)
         old, new = earlier.get("response", earlier), chunk.get("response", chunk)
