@@ -270,11 +270,9 @@ def user_texts(payload: Payload) -> Iterator[str]:
     for message in payload.get("messages") or []:
         if isinstance(message, dict) and str(message.get("role")).lower() == "user":
             content = message.get("content")
-            if isinstance(content, str):
-                yield content
-            elif isinstance(content, list):
-                texts = [part.get("text") for part in content if isinstance(part, dict)]
-                yield from (text for text in texts if isinstance(text, str))
+            parts = content if isinstance(content, list) else [{"text": content}]
+            texts = [part.get("text") for part in parts if isinstance(part, dict)]
+            yield from (text for text in texts if isinstance(text, str))
 
 
 def last_user(payload: Payload) -> Message | None:
