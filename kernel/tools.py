@@ -12,10 +12,8 @@ of the client's call: they are in the history when it comes back with its result
 from __future__ import annotations
 
 import base64
-import hashlib
 import hmac
 import json
-import os
 import re
 import secrets
 import tempfile
@@ -44,7 +42,6 @@ ASKED = "This would be called:"
 SHOWN = re.compile(rf"{ASKED}\n\n(`{{3,}})\n(.*)\n\1\n\n[^\n]*\(osp:(\w+)\)", re.S)
 ALTERED = "this is not what you were asked, so nothing was done"
 LOST = "This was done after the user had agreed; what it returned is not known any more."
-HIDDEN = re.compile(r"[^ -~]")  # looked at one by one: what does not print is shown as its number
 
 
 def offered_by(agent: BaseAgent) -> list[Tool]:
@@ -215,7 +212,7 @@ class Consent:
 
     def _code(self, user: str, lines: str) -> str:
         data = f"{user}\0{lines}".encode(errors="surrogatepass")
-        return hmac.new(self._key(), data, hashlib.sha256).hexdigest()[:24]
+        return hmac.new(self._key(), data, "sha256").hexdigest()[:24]
 
     def _key(self) -> bytes:
         file = self.folder / "consent.key"
@@ -224,15 +221,11 @@ class Consent:
             descriptor, name = tempfile.mkstemp(dir=self.folder)  # readable for its owner alone
             with open(descriptor, "wb") as new:
                 new.write(secrets.token_bytes(32))
-            os.replace(name, file)
+            Path(name).replace(file)
         return file.read_bytes()
 
 
 def visible(call: ToolCall) -> str:
-    """Return the arguments of a call as JSON in which every sign can be seen."""
+    """Return the arguments of a call as JSON; a sign that does not print is shown as its number."""
     text = dumps(call.values()).decode()
-    return HIDDEN.sub(lambda sign: sign[0] if sign[0].isprintable() else escaped(sign[0]), text)
-
-
-def escaped(sign: str) -> str:
-    return json.dumps(sign)[1:-1]
+    return "".join(sign if sign.isprintable() else json.dumps(sign)[1:-1] for sign in text)
