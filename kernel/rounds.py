@@ -18,9 +18,7 @@ from kernel.dialects.calls import Result, ToolCall
 class Rounds:
     """The answer that is made of rounds, and what the model said in the present one."""
 
-    def __init__(
-        self, dialect: Dialect, *, whole: bool, unread: Callable[[], None] = lambda: None
-    ) -> None:
+    def __init__(self, dialect: Dialect, *, whole: bool, unread: Callable[[], None]) -> None:
         self._dialect = dialect
         self._unread = unread  # called for a frame that may hold calls which cannot be read
         self._whole = whole

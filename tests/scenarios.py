@@ -53,7 +53,8 @@ def body_of(path: str, said: str, stream: bool) -> bytes:
     names, _, tools = said.partition(": ")
     recorded = [f"rc_{kind}_{RECORDED[name]}_{way}" for name in names.split()]
     bodies = [raw(RECORDINGS[name]["answer"]["body"]) for name in recorded]
-    joint, state, frames = Rounds(dialect, whole=not stream), AnswerState({}), list[bytes]()
+    joint = Rounds(dialect, whole=not stream, unread=lambda: None)
+    state, frames = AnswerState({}), list[bytes]()
     for body in bodies:
         if joint.is_complete:
             joint.go_on()
