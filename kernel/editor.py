@@ -4,6 +4,9 @@ Each agent is a stage. One with `on_chunk` lets text flow; one with `on_response
 the end, while the frames go on with their text emptied, so that the client sees life. What the
 stages add at the end leaves before the frame that ends the text. A whole answer is a stream of one
 frame. Thinking, tool calls, usage and unknown keys are never touched.
+
+A frame is also made to agree with those before it (`Dialect.settle`): frames of ours stand between
+those of Ollama, and an answer may be made of several rounds.
 """
 
 from __future__ import annotations

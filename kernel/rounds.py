@@ -3,6 +3,7 @@
 The calls in an answer are taken out, and its end is kept back. Either another round follows, whose
 frames continue the same answer, or the answer ends here, with those calls that are the client's.
 The counters of all rounds are added up. A whole answer is a stream of one frame, which is its end.
+What begins each round, and the numbers of frames, are left as they came: the editor settles that.
 """
 
 from __future__ import annotations

@@ -13,17 +13,17 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import Any
 
 from kernel.agent import Message, Payload, Tool
+from kernel.dialects.calls import AnswerState as AnswerState
+from kernel.dialects.calls import Chunk as Chunk
 from kernel.dialects.calls import Made, ToolCall, add, contents_of, function_of
 from kernel.dialects.strict import dumps as dumps
 from kernel.dialects.strict import loads as loads
 from kernel.dialects.strict import loads_once as loads_once
 
-Chunk = dict[str, Any]  # a frame's JSON object
 Place = tuple[dict[str, Any], str]  # an object of a chunk, and the key under which text stands
 
 JSON = b"application/json"
@@ -39,35 +39,6 @@ KEYS = frozenset(  # that Ollama's decoder takes for its own in any case
     " thinking type text input instructions system max_tokens max_output_tokens tool_choice"
     " reasoning reasoning_effort output_config".split()
 )
-
-
-@dataclass(slots=True)
-class AnswerState:
-    """What is remembered of one answer, which may be made of several rounds of calls."""
-
-    asked: Payload  # the request's body as the client sent it
-    hidden: frozenset[str] = frozenset()  # names of tools that the client does not know
-    last: Chunk | None = None  # the last frame with text, while its text may still go on
-    said: dict[str, list[str]] = field(default_factory=dict)  # edited pieces, by their item's id
-    round: int = 0
-    first: Chunk = field(default_factory=dict)  # what later rounds take over from the first
-    places: dict[Any, int] = field(default_factory=dict)  # of a round: where its blocks stand
-    blocks: int = 0  # of text, calls and thinking, in a dialect that numbers them
-    frames: int = 0  # that were sent
-    items: list[Chunk] = field(default_factory=list)  # blocks that the end of the answer repeats
-
-    def place(self, block: Any) -> int:
-        """Return the number that a block of this round has in the whole answer."""
-        if block not in self.places:
-            self.places[block] = self.blocks
-            self.blocks += 1
-        return self.places[block]
-
-    def continues(self, chunk: Chunk, keys: Sequence[str]) -> bool:
-        """Give a frame what the first one has under `keys`; tell whether it is of a later round."""
-        self.first = self.first or {key: chunk[key] for key in keys if key in chunk}
-        chunk |= self.first if self.round else {}
-        return self.round > 0
 
 
 class Dialect:

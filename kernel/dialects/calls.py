@@ -1,13 +1,13 @@
-"""Calls: what a call of a tool is in every dialect, and its result."""
+"""Calls: what a call of a tool is in every dialect, and an answer with rounds of them."""
 
 from __future__ import annotations
 
 import secrets
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from kernel.agent import Message, Tool
+from kernel.agent import Message, Payload, Tool
 from kernel.dialects.strict import loads
 
 Chunk = dict[str, Any]  # a frame's JSON object
@@ -37,6 +37,35 @@ class ToolCall:
 
 
 Made = tuple[ToolCall, Result]
+
+
+@dataclass(slots=True)
+class AnswerState:
+    """What is remembered of one answer, which may be made of several rounds of calls."""
+
+    asked: Payload  # the request's body as the client sent it
+    hidden: frozenset[str] = frozenset()  # names of tools that the client does not know
+    last: Chunk | None = None  # the last frame with text, while its text may still go on
+    said: dict[str, list[str]] = field(default_factory=dict)  # edited pieces, by their item's id
+    round: int = 0
+    first: Chunk = field(default_factory=dict)  # what later rounds take over from the first
+    places: dict[Any, int] = field(default_factory=dict)  # of a round: where its blocks stand
+    blocks: int = 0  # of text, calls and thinking, in a dialect that numbers them
+    frames: int = 0  # that were sent
+    items: list[Chunk] = field(default_factory=list)  # blocks that the end of the answer repeats
+
+    def place(self, block: Any) -> int:
+        """Return the number that a block of this round has in the whole answer."""
+        if block not in self.places:
+            self.places[block] = self.blocks
+            self.blocks += 1
+        return self.places[block]
+
+    def continues(self, chunk: Chunk, keys: Sequence[str]) -> bool:
+        """Give a frame what the first one has under `keys`; tell whether it is of a later round."""
+        self.first = self.first or {key: chunk[key] for key in keys if key in chunk}
+        chunk |= self.first if self.round else {}
+        return self.round > 0
 
 
 def function_of(tool: Tool, schema: str) -> Chunk:
