@@ -48,7 +48,7 @@ import demo
 from kernel import log
 from kernel.access import Access, is_loopback
 from kernel.client import OllamaClient
-from kernel.config import HOME, KEY_NAME, KEY_NAMED, Config, load, parse_upstream
+from kernel.config import HOME, KEY_NAME, KEY_NAMED, Config, load, parse_upstream, places
 from kernel.errors import ConfigError, UpstreamConnectionError, UpstreamError
 from kernel.guards import Guards
 from kernel.metrics import Metrics
@@ -166,7 +166,7 @@ async def serve(config: Config, flags: Namespace, sockets: list[socket], write: 
         config = replace(config, upstream=replace(config.upstream, url=url))
         registry, loopback = create_registry(config, os.environ), all(map(is_loopback, sockets))
         app = create_app(config, registry, loopback=loopback, write=write)
-        say("settings", file=str(flags.config or "none"))
+        say("settings", file=str(flags.config or "none"), data=str(config.server.data))
         for listener in sockets:
             say("listening", url=url_of(listener))
         grace = math.ceil(config.server.shutdown)
@@ -175,10 +175,11 @@ async def serve(config: Config, flags: Namespace, sockets: list[socket], write: 
 
 
 def parse_flags() -> Namespace:
-    parser = ArgumentParser(description="Agents for Ollama. For their authors: testkit.py --help")
+    parser = ArgumentParser(description="Agents for Ollama. For authors: testkit.py (osp-testkit)")
     add, either = parser.add_argument, parser.add_mutually_exclusive_group().add_argument
-    file = next(HOME.glob("osp.toml"), None)
-    add("--config", type=Path, default=file, help="settings (default: osp.toml beside osp.py)")
+    usual, _ = places(os.environ)
+    said = f"settings (default: {usual})".replace("%", "%%")
+    add("--config", type=Path, default=usual if os.path.exists(usual) else None, help=said)
     add("--host", help="the address to listen on (default: 127.0.0.1)")
     add("--port", help="the port to listen on (default: 11435)")
     add("--reload", action="store_true", help="start again whenever an agent or a setting changes")
@@ -268,8 +269,8 @@ def run(sockets: list[socket] | None) -> None:
     write = log.configure(config.log.level, config.log.format, journal)
     listeners = sockets or inherited(os.environ) or [listen(config.server.host, config.server.port)]
     if flags.reload and not sockets:
-        ours = [HOME / name for name in ("osp.py", "demo.py", "kernel", "slices", "osp.toml")]
-        watched = [*ours, *filter(None, [flags.config]), *config.plugins.dirs]
+        ours = [HOME / name for name in ("osp.py", "demo.py", "kernel", "slices")]
+        watched = [*ours, flags.config or places(os.environ)[0], *config.plugins.dirs]
         return Reloader(main, listeners, watched).run()
     if sockets and hasattr(signal, "pthread_sigmask"):
         # A terminal sends Ctrl-C to both processes; the supervisor then sends SIGTERM to this one.
@@ -292,7 +293,7 @@ def main(sockets: list[socket] | None = None) -> NoReturn:
     try:
         run(sockets)
     except (ConfigError, UpstreamError) as exc:
-        sys.stderr.write(f"osp.py: {exc}\n")
+        sys.stderr.write(f"{Path(sys.argv[0]).name}: {exc}\n")
         leave(2 if isinstance(exc, ConfigError) else 1)
     leave(0)
 

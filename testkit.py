@@ -6,7 +6,7 @@
 `ask` runs an agent as the proxy does, in all eight ways in which a client can ask for it: in four
 dialects, streamed (cut into single characters) and whole. There is no model here: you script what
 it says, and which tools it calls. `python testkit.py check` tries all agents of a configuration,
-`python testkit.py new NAME` writes a new one.
+`python testkit.py new NAME` writes a new one. (`osp-testkit` in an installed copy.)
 """
 
 from __future__ import annotations
@@ -40,7 +40,16 @@ from starlette.routing import Route
 import demo
 from kernel.agent import BaseAgent, text_of
 from kernel.client import OllamaClient
-from kernel.config import HOME, AccessConfig, Config, Key, PluginsConfig, load, parse_upstream
+from kernel.config import (
+    HOME,
+    AccessConfig,
+    Config,
+    Key,
+    PluginsConfig,
+    load,
+    parse_upstream,
+    places,
+)
 from kernel.dialects import AnswerState, Chunk, Dialect, dumps
 from kernel.dialects.calls import ToolCall
 from kernel.dialects.every import DIALECTS
@@ -415,29 +424,34 @@ def new_agent(name: str, config: Config, sample: tuple[Path, str]) -> int:
         text = file.read_text(encoding="utf-8").replace("Sample", title).replace("sample", name)
         (folder / file.name).write_text(text, encoding="utf-8")
     made = os.path.relpath(folder)
-    sys.stdout.write(f"{made} is there; test it: python -m pytest {made}\n")
+    _, installed = places(os.environ)  # without pytest
+    test = "osp-testkit check" if installed else f"python -m pytest {made}"
+    sys.stdout.write(f"{made} is there; test it: {test}\n")
     sys.stdout.write(f"Start the proxy again, and try it: /{name} {sample[1]}\n")
     return 0
 
 
 def main() -> int:
     """Run the command line and return the exit status; 1: an agent failed, 2: bad settings."""
-    parser = argparse.ArgumentParser("testkit.py", description="For authors of agents.")
+    parser = argparse.ArgumentParser(description="For authors of agents.")
     parser.add_argument("command", choices=("check", "new"), help="try all agents, or begin one")
     parser.add_argument("text", nargs="?", help="check: a prompt to try; new: the command's name")
-    file = next(HOME.glob("osp.toml"), None)
+    usual, installed = places(os.environ)
+    file = usual if os.path.exists(usual) else None
     parser.add_argument("--config", type=Path, default=file, help="settings (default: osp.toml)")
     parser.add_argument("--data", type=Path, help="check: agents get copies of the folders in it")
     parser.add_argument("--tools", action="store_true", help="new: the agent has a tool")
     flags = parser.parse_args()
     sys.dont_write_bytecode = True
+    if flags.command == "new" and installed:  # not among the files that pip removes
+        (flags.config or usual).with_name("plugins").mkdir(parents=True, exist_ok=True)
     try:
         config = load(flags.config, os.environ, {})
         if flags.command == "check":
             return asyncio.run(check(config, os.environ, flags.data, flags.text))
         return new_agent(flags.text or "", config, TOOLS if flags.tools else SAMPLE)
     except ConfigError as exc:
-        sys.stderr.write(f"testkit.py: {exc}\n")
+        sys.stderr.write(f"{parser.prog}: {exc}\n")
         return 2
 
 

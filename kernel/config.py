@@ -5,13 +5,14 @@ file, and flags override both. `load` makes one table of the three and `build` r
 key, a wrong type or a number out of range is a ConfigError that says where it stands (in the file,
 the variable or the flag) and what would be right. Times are seconds, sizes bytes. A relative path
 starts at the file's folder, or at the working directory if the environment has it. Where Ollama
-is, is read as Ollama reads OLLAMA_HOST.
+is, is read as Ollama reads OLLAMA_HOST. `places` says which file counts if none is named.
 """
 
 from __future__ import annotations
 
 import os.path
 import re
+import sys
 import tomllib
 from collections.abc import Mapping
 from contextlib import suppress
@@ -24,6 +25,9 @@ from kernel.errors import ConfigError
 
 T = TypeVar("T")
 HOME = Path(__file__).resolve().parent.parent  # the folder of osp.py
+NOTE = "ollama_smart_proxy-*.dist-info"  # pip and uv write it beside a folder that they install
+# Where programs keep files, if not as XDG says: a variable, and the folder if that is not set
+OTHERS = {"darwin": ("", "Library/Application Support"), "win32": ("LOCALAPPDATA", "AppData/Local")}
 Settings = Mapping[str, Any]
 VARIABLE = re.compile(r"OSP_[A-Z]+_\w+")  # section and key
 SHORT = {"--host": "OSP_SERVER_HOST", "--port": "OSP_SERVER_PORT"}
@@ -197,12 +201,33 @@ class Config:
     agents: Settings = field(default_factory=dict)  # [agents.NAME] mirrors config.json
 
 
+def places(environ: Mapping[str, str]) -> tuple[Path, Path | None]:
+    """Return the file osp.toml, there or not, and the folder of data (None: beside that file).
+
+    Both lie beside osp.py, but for a copy that pip or uv installed where the platform keeps them.
+    """
+    if not any(HOME.parent.glob(NOTE)):
+        return HOME / "osp.toml", None
+    if sys.platform in OTHERS:
+        folder = user_folder(environ, *OTHERS[sys.platform])
+        return folder / "osp.toml", folder / "data"
+    settings = user_folder(environ, "XDG_CONFIG_HOME", ".config")
+    return settings / "osp.toml", user_folder(environ, "XDG_DATA_HOME", ".local/share")
+
+
+def user_folder(environ: Mapping[str, str], variable: str, folder: str) -> Path:
+    path = Path(environ.get(variable, ""))  # XDG's rule: a relative one does not count
+    return (path if path.is_absolute() else Path.home() / folder) / "osp"
+
+
 def load(file: Path | None, environ: Mapping[str, str], flags: Mapping[str, str | None]) -> Config:
     """Read `file`, then `environ`, then `flags` ({"--port": "1"}). Raises ConfigError."""
-    base = (file or HOME / "osp.toml").absolute().parent
+    usual, data = places(environ)
+    base = (file or usual).absolute().parent
+    own = base / "plugins"
     try:
         toml = file.read_text(encoding="utf-8") if file else ""
-        table: dict[str, Any] = {"server": {}, **tomllib.loads(toml)}
+        table: dict[str, Any] = {"server": {}, "plugins": {}, **tomllib.loads(toml)}
     except (OSError, ValueError) as exc:
         raise ConfigError(f"{file}: {exc}") from exc
     sections = get_type_hints(Config)
@@ -213,7 +238,9 @@ def load(file: Path | None, environ: Mapping[str, str], flags: Mapping[str, str 
         if known and isinstance(table.setdefault(section, {}), dict):
             table[section][key] = (text, name)
     if isinstance(table["server"], dict):
-        table["server"].setdefault("data", str(base / "data"))
+        table["server"].setdefault("data", str(data or base / "data"))
+    if data and os.path.isdir(own) and isinstance(table["plugins"], dict):
+        table["plugins"].setdefault("dirs", [str(own), str(HOME / "plugins")])
     config = build(Config, table, str(file), base)
     for name, preset in config.presets.items():
         if not (preset.model and PRESET.fullmatch(name)):

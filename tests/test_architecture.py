@@ -28,7 +28,7 @@ from kernel.config import HOME, Config, Key, PluginsConfig, ServerConfig, load
 from kernel.plugin import scan
 
 ENVIRONMENT = {"environ", "environb", "getenv", "getenvb"}
-OURS = {"osp", "demo", "testkit", "kernel", "slices", "plugins", "tests", "bench", "httpx"}
+OURS = {"osp", "demo", "testkit", "entry", "kernel", "slices", "plugins", "tests", "bench", "httpx"}
 ALLOWED = {  # what each part may import of these
     "plugins": {"httpx"},
     "slices": {"kernel"},
@@ -36,6 +36,7 @@ ALLOWED = {  # what each part may import of these
     "demo": set(),
     "osp": {"kernel", "slices", "demo"},
     "testkit": {"kernel", "demo", "osp"},
+    "entry": {"osp", "testkit"},
 }
 ADVICE = {
     "plugins": "of this project a plugin imports only kernel.agent, and its own files with a dot"
@@ -78,7 +79,7 @@ def complaints(tree: Path) -> list[str]:
 
 def modules(tree: Path) -> Iterator[tuple[str, Path]]:
     """Yield name and file of everything that runs in the proxy, so no plugin's tests and bench."""
-    files = [tree / "osp.py", tree / "demo.py", tree / "testkit.py"]
+    files = [tree / f"{name}.py" for name in ("osp", "demo", "testkit", "entry")]
     for folder in ("kernel", "slices", "plugins"):
         files += sorted((tree / folder).rglob("*.py"))
     for file in filter(Path.exists, files):

@@ -99,13 +99,14 @@ async def starting(
     cwd: Path = HOME,
     env: Mapping[str, str] = CLEAN,
     pass_fds: Collection[int] = (),
+    python: Path = Path(sys.executable),
 ) -> AsyncIterator[Proxy]:
     """Start osp.py on any free port and without agents, if `flags` and `env` say nothing else.
 
     It has a session of its own, so that its processes can all be stopped.
     """
     env = {**CLEAN, "OSP_SERVER_PORT": "0", "OSP_PLUGINS": "off", "PYTHONPATH": "", **env}
-    command = [sys.executable, str(script), *flags]
+    command = [str(python), str(script), *flags]
     process = await asyncio.create_subprocess_exec(
         *command, cwd=cwd, env=env, stderr=PIPE, start_new_session=True, pass_fds=pass_fds
     )
