@@ -39,7 +39,8 @@ ORIGINS = (  # envconfig.AllowedOrigins in Ollama's sources
 MISSING = "a key is needed here"
 UNKNOWN = "the key that was sent is none of those in [keys]"
 FORMS = "send Authorization: Bearer KEY, x-api-key: KEY, or KEY as the password of Basic"
-CHALLENGE = [(b"www-authenticate", b"Bearer")]  # with Basic a browser would ask over our page
+# With Basic a browser would ask over our page; Claude Code would try again for minutes
+CHALLENGE = [(b"www-authenticate", b"Bearer"), (b"x-should-retry", b"false")]
 LONGEST = 300  # bytes of an origin that is copied into an answer: a name has 253 at most
 # As Go's net.SplitHostPort does it: [::1] without a port stays as it is, and then is no address.
 SPLIT = re.compile(r"\[([^\[\]]*)\]:[^:\[\]]*|([^:\[\]]*):[^:\[\]]*")

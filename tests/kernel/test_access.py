@@ -278,6 +278,7 @@ async def test_without_a_key_the_answer_is_a_401_in_the_dialect_of_the_path(hous
             answer = await client.post(path)
             assert (answer.status_code, answer.json()) == (401, error), path
             assert answer.headers["www-authenticate"] == "Bearer"
+            assert answer.headers["x-should-retry"] == "false"
         for name, values in WRONG.items():
             for value in values:
                 answer = await client.post("/", headers={name: value})
