@@ -100,8 +100,8 @@ def create_app(
     upstream = config.upstream
     collector = Metrics()
     queue = FairQueue(upstream.parallel, collector) if upstream.parallel else None
-    address = parse_upstream(upstream.url)
-    client = OllamaClient(address, upstream.connect_timeout, queue=queue)
+    address, credentials = parse_upstream(upstream.url), upstream.authorization
+    client = OllamaClient(address, upstream.connect_timeout, queue=queue, credentials=credentials)
     registry = registry or create_registry(config, {})
     kept = Traces(config.page, client)
     presets = Presets(config.presets, config.server.data)

@@ -26,6 +26,7 @@ from kernel.queue import FairQueue
 
 KEPT = 64  # idle connections
 NEXT_ADDRESS = 0.25  # seconds until the next address of a name is tried, too (RFC 8305)
+AUTHORIZATION = b"authorization"
 SAFE = ("GET", "HEAD", "OPTIONS")
 # Running one of these twice does no harm
 REPEATABLE = frozenset(
@@ -45,7 +46,8 @@ FAILURES: list[tuple[Any, str]] = [
 class OllamaClient:
     """One upstream; leave it to close the idle connections. Times are in seconds.
 
-    In `queue` wait the requests that ask a model.
+    In `queue` wait the requests that ask a model. `credentials`, if there are any, are sent in the
+    place of what clients send as `Authorization`.
     """
 
     def __init__(
@@ -54,8 +56,10 @@ class OllamaClient:
         connect_timeout: float,
         keep: float = 60.0,
         queue: FairQueue | None = None,
+        credentials: str = "",
     ) -> None:
         self.upstream = upstream
+        self._credentials = [(AUTHORIZATION, credentials.encode())] if credentials else []
         self._connect_timeout = connect_timeout
         self._keep_seconds = keep
         self._queue = queue
@@ -104,6 +108,8 @@ class OllamaClient:
         streams = not (body is None or isinstance(body, bytes))
         kept = None if streams else self._kept(quiet=not repeatable)
         answer = Answer(kept or await self._connect(), method)
+        if self._credentials:
+            headers = [pair for pair in headers if pair[0] != AUTHORIZATION] + self._credentials
         head, body = request_head(method, self._base + target, [self._host, *headers], body)
         try:
             await answer.begin(head, body)

@@ -104,6 +104,7 @@ LEVELS = ("low", "medium", "high", "max")
 THINK = "true, false, low, medium, high or max"
 Think = Annotated[Any, THINK, lambda value: type(value) is bool or value in LEVELS]
 Stay = Annotated[Any, 'seconds, or a time like "30m"', lambda value: STAY.fullmatch(repr(value))]
+Credentials = Annotated[str, "like Bearer KEY", re.compile("([!-~]+ [!-~]+)?").fullmatch]
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,6 +120,7 @@ class ServerConfig:
 class UpstreamConfig:
     url: Address = "http://127.0.0.1:11434"  # every form that OLLAMA_HOST takes
     connect_timeout: Seconds = 5.0
+    authorization: Credentials = field(default="", repr=False)  # sent, not the client's own
     parallel: Count = 0  # requests that ask a model at once, others wait for their turn; 0: all
 
 
@@ -320,7 +322,8 @@ def convert(value: Any, hint: Any, where: str, base: Path) -> Any:
         valid = hint is Any or type(value) is (dict if origin is Mapping else hint)
     if valid:
         return value
-    shown = "this" if origin is tuple or ": keys" in where else repr(value)  # it may hold keys
+    secret = origin is tuple or ": keys" in where or where.lower().endswith("authorization")
+    shown = "this" if secret else repr(value)  # it may hold keys
     raise ConfigError(f"{where}: {shown} is wrong here, it must be {expected}")
 
 

@@ -407,6 +407,22 @@ async def test_without_keys_the_clients_own_credentials_reach_ollama(shouting: H
     assert set(headers.items()) <= set(shouting.ollama.asked[0].headers)
 
 
+async def test_credentials_of_the_proxy_go_to_ollama_in_the_place_of_the_clients(
+    shouting: House,
+) -> None:
+    shouting.ollama.says(CHAT, "ok")
+    headers = {"authorization": "Bearer theirs"}
+
+    async with shouting.open(upstream={"authorization": "Bearer ours"}) as client:
+        for text in ("x", "/shout x"):
+            await client.post(CHAT, json=turn(text), headers=headers)
+        await client.get("/health")
+
+    for asked in shouting.ollama.asked:
+        assert [v for k, v in asked.headers if k == "authorization"] == ["Bearer ours"]
+    assert len(shouting.ollama.asked) >= 2
+
+
 CLOSED = [
     *("/api/pull", "/api/pull?x=1", "/api/pull/", "/api/pull/x", "/api/%70ull", "/api%2Fpull"),
     *("//api/pull", "/api//pull", "/./api/pull", "/api/./pull", "/x/../api/pull", "/../api/pull"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -247,8 +248,18 @@ def test_keys_in_the_place_of_the_table_are_not_shown(tmp_path: Path) -> None:
         assert "4711" not in complaint(tmp_path, text)
 
 
+@pytest.mark.parametrize("text", ["geheimnis", "Bearer geheim nis", "Bearer geheimnis\n"])
+def test_a_wrong_authorization_is_not_shown(tmp_path: Path, text: str) -> None:
+    said = complaint(tmp_path, "", OSP_UPSTREAM_AUTHORIZATION=text)
+
+    assert said == f"OSP_UPSTREAM_AUTHORIZATION: this {WRONG} like Bearer KEY"
+    assert "geheim" not in complaint(tmp_path, f"[upstream]\nauthorization = {json.dumps(text)}")
+
+
 def test_a_key_may_stand_in_the_environment(tmp_path: Path) -> None:
-    config = load_text(tmp_path, KEYS.format("'$MINE'"), MINE="abcdefgh")
+    own = {"MINE": "abcdefgh", "OSP_UPSTREAM_AUTHORIZATION": "Bearer abcdefgh"}
+
+    config = load_text(tmp_path, KEYS.format("'$MINE'"), **own)
 
     assert {name: key.key for name, key in config.keys.items()} == {
         "a": "0123456789",
