@@ -13,8 +13,9 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -25,12 +26,18 @@ HERE = Path(__file__).parent
 ROOT = HERE.parent.parent
 START = 60.0  # seconds that a process has until it answers
 STOP = 10.0  # and until it has ended
+INSTALL = 50.0  # seconds for packages: a test that takes a minute ends all
 
 # Short answers, the same each time, also for clients that cannot ask for them.
 PARAMETERS = {"temperature": 0, "seed": 7, "num_predict": 20}
 TOOLS = (
     "{{ range .Tools }}{{ .Function.Name }} {{ end }}{{ range .Messages }}{{ .Content }} {{ end }}"
 )
+CODING = {  # clients that one types, by the packages that bring them
+    "claude": "@anthropic-ai/claude-code",
+    "codex": "@openai/codex",
+    "cn": "@continuedev/cli",
+}
 CHATS = ["/api/chat", "/v1/chat/completions"]
 MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "tiny": ("tiny.gguf", {"parameters": PARAMETERS}),
@@ -77,14 +84,15 @@ def proxied(direct: str, home: Path) -> Iterator[str]:
 
 @contextmanager
 def proxy(
-    home: Path, upstream: str, settings: str = ""
+    home: Path, upstream: str, settings: str = "", **environ: str
 ) -> Iterator[tuple[str, subprocess.Popen[bytes]]]:
     """Run the proxy as one types it, with this osp.toml; give its URL and its process."""
     (home / "osp.toml").write_text(settings, encoding="utf-8")
     address, log = f"127.0.0.1:{free_port()}", home / "osp.log"
     flags = ["--config", str(home / "osp.toml"), "--port", address.rpartition(":")[2]]
     command = [sys.executable, str(ROOT / "osp.py"), *flags, "--upstream", upstream]
-    with running(command, home, {"OSP_SERVER_DATA": str(home / "data")}, log) as process:
+    environ |= {"OSP_SERVER_DATA": str(home / "data")}
+    with running(command, home, environ, log) as process:
         wait_for(f"http://{address}", process, log)
         yield f"http://{address}", process
 
@@ -112,8 +120,8 @@ def wait_for(url: str, process: subprocess.Popen[bytes], log: Path) -> None:
     end = time.monotonic() + START
     while process.poll() is None and time.monotonic() < end:
         with suppress(httpx.TransportError):
-            if httpx.get(f"{url}/api/version", trust_env=False).is_success:
-                return
+            if httpx.get(f"{url}/api/version", trust_env=False).status_code < 500:
+                return  # 401 where keys are set
         time.sleep(0.02)  # between two looks; nothing tells us when a port opens
     pytest.fail(f"{process.args!r} does not answer:\n{log.read_text(encoding='utf-8')}")
 
@@ -188,12 +196,28 @@ def packages(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.fixture(scope="session")
+def coding(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """A function that returns the command of a coding client, by its name; it is installed once."""
+
+    @cache
+    def install(client: str) -> Path:
+        folder = tmp_path_factory.mktemp(client)
+        npm_install(folder, CODING[client])
+        script = folder / "node_modules" / CODING[client] / "install.cjs"
+        if script.exists() and subprocess.run(["node", str(script)], cwd=folder).returncode:
+            pytest.skip(f"{client} cannot install itself")
+        return folder / "node_modules" / ".bin" / client
+
+    return install
+
+
 def npm_install(folder: Path, *packages: str) -> None:
     """Install packages, or those of package.json; skip the test where that cannot be."""
     if not (shutil.which("node") and (npm := shutil.which("npm"))):
         pytest.skip("no node and npm on the PATH")
     command = [npm, "install", "--no-audit", "--no-fund", "--silent", *packages]
     try:
-        subprocess.run(command, cwd=folder, check=True, capture_output=True, timeout=180)
+        subprocess.run(command, cwd=folder, check=True, capture_output=True, timeout=INSTALL)
     except subprocess.SubprocessError as exc:
         pytest.skip(f"npm install failed: {exc}")

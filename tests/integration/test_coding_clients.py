@@ -4,16 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import os
-import subprocess
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
 
-from tests.integration.conftest import npm_install
 from tests.support import running, write_agent
 
-PACKAGES = ("@anthropic-ai/claude-code", "@openai/codex")
 CLOCK = """
 class Clock(BaseAgent):
     async def on_request(self, payload):
@@ -32,17 +29,6 @@ name = "osp"
 base_url = "URL/v1"
 wire_api = "responses"
 """
-
-
-@pytest.fixture(scope="session")
-def clients(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of the clients' commands."""
-    folder = tmp_path_factory.mktemp("coding")
-    npm_install(folder, *PACKAGES)
-    claude = folder / "node_modules" / PACKAGES[0] / "install.cjs"
-    if subprocess.run(["node", str(claude)], cwd=folder, timeout=180).returncode:
-        pytest.skip("claude-code cannot install itself")
-    return folder / "node_modules" / ".bin"
 
 
 async def ask(command: Sequence[str | Path], url: str, home: Path) -> str:
@@ -66,7 +52,7 @@ async def ask(command: Sequence[str | Path], url: str, home: Path) -> str:
 
 @pytest.mark.parametrize("client", ["claude", "codex"])
 async def test_a_command_typed_into_a_coding_client_asks_for_its_agents(
-    clients: Path, demo_url: str, plugins: Path, tmp_path: Path, client: str
+    coding: Callable[[str], Path], demo_url: str, plugins: Path, tmp_path: Path, client: str
 ) -> None:
     write_agent(plugins, "clock", CLOCK)
     write_agent(plugins, "up", UP)
@@ -76,6 +62,6 @@ async def test_a_command_typed_into_a_coding_client_asks_for_its_agents(
     }
     async with running(demo_url, plugins) as proxy:
         url = str(proxy.base_url).rstrip("/")
-        output = await ask([clients / client, *options[client]], url, tmp_path)
+        output = await ask([coding(client), *options[client]], url, tmp_path)
 
     assert "TYPED: 'WHAT DAY IS IT?'\n\nWHAT DAY IS IT?" in output
