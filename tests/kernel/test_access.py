@@ -114,9 +114,7 @@ def test_a_host_is_listened_on_as_ollama_does(address: str) -> None:
             if address == "::":  # both families
                 port = listener.getsockname()[1]
                 socket.create_connection(("127.0.0.1", port)).close()
-            with socket.create_connection(listener.getsockname()[:2]), listener.accept()[0] as end:
-                assert end.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE)
-                assert end.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
+            socket.create_connection(listener.getsockname()[:2]).close()
 
 
 async def test_http_1_1_needs_one_host_and_1_0_none(local: httpx.URL) -> None:
