@@ -92,18 +92,15 @@ class OllamaClient:
         place until the answer is complete or closed. Raises UpstreamConnectionError,
         UpstreamTimeout or UpstreamError; what iterating over `body` raises comes out unchanged.
         """
-        if not (self._queue and known and method == "POST" and asks_model(target)):
-            return await self._send(method, target, headers, body)
-        leave = await self._queue.enter(known)
-        try:
-            answer = await self._send(method, target, headers, body)
-        except BaseException:
-            leave()
-            raise
-        answer.at_end(leave)
-        return answer
-
-    async def _send(self, method: str, target: bytes, headers: Headers, body: Body) -> Answer:
+        if self._queue and known and method == "POST" and asks_model(target):
+            leave = await self._queue.enter(known)
+            try:
+                answer = await self.forward(method, target, headers, body)
+            except BaseException:
+                leave()
+                raise
+            answer.at_end(leave)
+            return answer
         repeatable = method in SAFE or target.partition(b"?")[0] in REPEATABLE
         streams = not (body is None or isinstance(body, bytes))
         kept = None if streams else self._kept(quiet=not repeatable)
