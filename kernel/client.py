@@ -12,7 +12,6 @@ import json
 import socket
 import ssl
 import time
-from asyncio.staggered import staggered_race
 from contextlib import aclosing
 from functools import partial
 from typing import Any, Self
@@ -183,25 +182,48 @@ class OllamaClient:
     async def _connect(self) -> Connection:
         """Connect to the first address that answers. Raises UpstreamError with the cause.
 
-        An address is tried as soon as the one before failed, or after a moment (happy eyeballs).
+        No other connection stays, nor this one where the client leaves in this very moment.
         """
-        loop, to = asyncio.get_running_loop(), self.upstream
-        made = partial(Connection, to.url, self._keep)
-        name = to.host if self._ssl else None
-        dial = partial(loop.create_connection, made, ssl=self._ssl, server_hostname=name)
+        loop, to, dials = asyncio.get_running_loop(), self.upstream, list[asyncio.Task[Any]]()
+        connection: Connection | None = None
         try:
             async with asyncio.timeout(self._connect_timeout):
                 found = await loop.getaddrinfo(to.host, to.port, type=socket.SOCK_STREAM)
-                dials = [partial(dial, address[0], to.port) for *_, address in found]
-                winner, _, errors = await staggered_race(dials, NEXT_ADDRESS)
-                if winner is None:
-                    raise errors[-1] or OSError("no address")
+                connection = await self._dial([str(address[0]) for *_, address in found], dials)
+                return connection
         except (OSError, UnicodeError) as exc:
             text = next(text for kinds, text in FAILURES if isinstance(exc, kinds))
             error = UpstreamTimeout if isinstance(exc, TimeoutError) else UpstreamConnectionError
             raise error(text.format(url=to.url, exc=exc)) from exc
-        connection: Connection = winner[1]
-        return connection
+        finally:
+            while dials:  # emptied: their exceptions refer to this frame
+                made = dials[-1].done() and not dials[-1].exception() and dials[-1].result()[1]
+                if made and made is not connection:
+                    made.transport.abort()
+                dials.pop().cancel()
+
+    async def _dial(self, hosts: list[str], dials: list[asyncio.Task[Any]]) -> Connection:
+        """Return the first connection that one of `dials` makes; they are added. Raises OSError.
+
+        An address is tried as soon as one before failed, or after a moment (happy eyeballs).
+        """
+        loop, to = asyncio.get_running_loop(), self.upstream
+        made = partial(Connection, to.url, self._keep)
+        name = to.host if self._ssl else None
+        connect = partial(loop.create_connection, made, ssl=self._ssl, server_hostname=name)
+        while hosts or not all(dial.done() for dial in dials):
+            if hosts:
+                dials.append(loop.create_task(connect(hosts.pop(0), to.port)))
+            await asyncio.wait(
+                [dial for dial in dials if not dial.done()],
+                timeout=NEXT_ADDRESS if hosts else None,
+                return_when=asyncio.FIRST_COMPLETED,
+            )
+            winners = (dial for dial in dials if dial.done() and not dial.exception())
+            if winner := next(winners, None):
+                connection: Connection = winner.result()[1]
+                return connection
+        raise dials[-1].exception() or OSError("no address")
 
 
 def asks_model(target: bytes) -> bool:

@@ -3,12 +3,20 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import shutil
 import socket
 import ssl
 import subprocess
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
-from contextlib import ExitStack, aclosing, asynccontextmanager, contextmanager, suppress
+from contextlib import (
+    ExitStack,
+    aclosing,
+    asynccontextmanager,
+    contextmanager,
+    nullcontext,
+    suppress,
+)
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -99,6 +107,45 @@ async def test_a_name_with_several_addresses_is_reached_at_the_first_that_answer
                 with anyio.fail_after(2):
                     answer = await client.forward("GET", b"/", [])
                     assert await answer.read() == b"ok"
+
+
+async def test_who_leaves_in_the_moment_of_connecting_leaves_no_connection() -> None:
+    came: list[Reader] = []
+    ended: list[Reader] = []
+
+    async def serve(reader: Reader, writer: Writer) -> None:
+        came.append(reader)
+        await asyncio.wait_for(reader.read(), 2)
+        ended.append(reader)
+
+    async with before(serve) as client:
+        for steps in range(40):
+            asking = asyncio.create_task(client.forward("GET", b"/", []))
+            for _ in range(steps):
+                await asyncio.sleep(0)
+            asking.cancel()
+            await asyncio.wait({asking})
+
+    assert came and ended == came
+
+
+@pytest.mark.parametrize("alive", [True, False])
+async def test_connecting_leaves_nothing_to_the_garbage_collector(alive: bool) -> None:
+    async with before(answers) as client:
+        if not alive:
+            client.upstream = Upstream("http", "127.0.0.1", 1)
+        gc.collect()
+        with nullcontext() if alive else pytest.raises(UpstreamConnectionError):
+            (await client.forward("GET", b"/", [])).close()
+        gc.set_debug(gc.DEBUG_SAVEALL)
+        try:
+            gc.collect()
+            left = [thing for thing in gc.garbage if isinstance(thing, Exception | asyncio.Task)]
+        finally:
+            gc.set_debug(0)
+            gc.garbage.clear()
+
+    assert left == []
 
 
 @pytest.fixture(scope="module")
