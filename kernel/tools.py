@@ -34,6 +34,7 @@ NAME = re.compile(r"\S{1,128}")  # of a tool
 MARK = "_osp_"  # in the id of a call: behind it stand other calls
 CARRIED = re.compile(rf"{MARK}([\w-]+)\Z", re.ASCII)
 IDS = ("id", "call_id", "tool_call_id", "tool_use_id")
+KEY = 32  # bytes
 MOST = 2**14  # characters of what an id can carry
 
 CONTENTS = {"text": ("text",), "image": ("data", "mimeType")}  # of a result
@@ -215,12 +216,13 @@ class Consent:
         return hmac.new(self._key(), data, "sha256").hexdigest()[:24]
 
     def _key(self) -> bytes:
+        """Return the key; one that a power cut left empty, or cut off, is made anew."""
         file = self.folder / "consent.key"
-        if not file.exists():
+        if not file.exists() or file.stat().st_size != KEY:
             self.folder.mkdir(parents=True, exist_ok=True)
             descriptor, name = tempfile.mkstemp(dir=self.folder)  # readable for its owner alone
             with open(descriptor, "wb") as new:
-                new.write(secrets.token_bytes(32))
+                new.write(secrets.token_bytes(KEY))
             Path(name).replace(file)
         return file.read_bytes()
 

@@ -77,8 +77,10 @@ class Cache(BaseAgent):
                     path.unlink()
 
     def is_fresh(self, file: Path) -> bool:
-        # Later than now: the clock was wrong then or is now, so the age is unknown.
-        return 0 <= time.time() - modified(file) <= float(self.settings["max_age"])
+        # Later than now: the clock was wrong then or is now, so the age is unknown. Empty: a
+        # power cut came before the text was on the disk.
+        age = time.time() - modified(file)
+        return 0 <= age <= float(self.settings["max_age"]) and file.stat().st_size > 0
 
 
 def modified(file: Path) -> float:

@@ -41,7 +41,11 @@ class Notes:
 
     def __init__(self, file: Path) -> None:
         self.file = file
-        self.all("")  # what is wrong with the file shows here
+        try:
+            self.all("")  # what is wrong with the file shows here
+        except sqlite3.DatabaseError as exc:
+            cure = "put a copy in its place, or move it away to begin without notes"
+            raise type(exc)(f"{file}: {exc}; {cure}") from exc
 
     def add(self, user: str, text: str, most: int) -> tuple[int, bool]:
         """Keep a note; return its number, and whether it is new.

@@ -46,7 +46,8 @@ class Summarize(BaseAgent):
     async def summary(self, parts: list[Part]) -> str:
         """Return the summary of all parts, from the last one that is kept. Raises UpstreamError."""
         files = [self.data_dir / f"{digest}.txt" for digest, _ in parts]
-        made = max((n for n, file in enumerate(files, 1) if file.exists()), default=0)
+        kept = (n for n, file in enumerate(files, 1) if file.exists() and file.stat().st_size)
+        made = max(kept, default=0)  # an empty one was not on the disk yet when the power failed
         summary = files[made - 1].read_text("utf-8") if made else ""
         if self.context.explaining and made < len(parts):
             return "(one that the model would be asked for)"
