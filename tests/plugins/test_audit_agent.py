@@ -60,8 +60,8 @@ async def test_who_asked_what_is_noted_as_text_or_digest(
 ) -> None:
     ollama.says(path, "Hel", "lo", stream=stream)
     head = {"x-request-id": "r1", "x-api-key": "key"}
-    access = {"keys": ["key"]}
-    async with running(ollama_url, agents, agents=on(texts=texts), access=access) as client:
+    keys = {"me": {"key": "key"}}
+    async with running(ollama_url, agents, agents=on(texts=texts), keys=keys) as client:
         body = chat(path, "/time what day?", stream=stream)
         answer = await client.post(path, json=body, headers=head)
 
