@@ -187,7 +187,9 @@ async def test_each_key_has_answers_of_its_own(
     numbered(ollama)
     keys = ["one", "two", "one", "two"]
 
-    async with running(ollama_url, agents, keys={"a": {"key": "one"}, "b": {"key": "two"}}) as client:
+    async with running(
+        ollama_url, agents, keys={"a": {"key": "one"}, "b": {"key": "two"}}
+    ) as client:
         said = [await ask(client, headers={"x-api-key": key}) for key in keys]
 
     assert said == ["answer 1", "answer 2", "answer 1", "answer 2"]
