@@ -48,8 +48,9 @@ import demo
 from kernel import log
 from kernel.access import Access, is_loopback
 from kernel.client import OllamaClient
-from kernel.config import HOME, KEY_NAME, KEY_NAMED, Config, load, parse_upstream, places
-from kernel.errors import ConfigError, UpstreamConnectionError, UpstreamError
+from kernel.config import HOME, KEY_NAME, KEY_NAMED, Config, load, parse_upstream, places, resolved
+from kernel.errors import ConfigError, StoreError, UpstreamConnectionError, UpstreamError
+from kernel.foreign import cure
 from kernel.guards import Guards
 from kernel.metrics import Metrics
 from kernel.plugin import loaded
@@ -82,7 +83,14 @@ HEALTH = 10.0  # seconds for an answer to the command `health`
 
 def create_registry(config: Config, environ: Mapping[str, str]) -> PluginRegistry:
     """Return the agents; `environ` is what settings like "$NAME" mean. Raises ConfigError."""
-    return PluginRegistry(config.plugins, config.agents, config.server.data, environ)
+    registry = PluginRegistry(config.plugins, config.agents, config.server.data, environ)
+    if store := resolved(config.server.store, environ, "server.store"):
+        try:
+            from kernel.postgres import Postgres
+        except ModuleNotFoundError as exc:
+            raise ConfigError(f"server.store: {exc}{cure(exc, HOME)}") from exc
+        registry.database = Postgres(store)
+    return registry
 
 
 def create_app(
@@ -145,6 +153,11 @@ async def announce(client: OllamaClient, registry: PluginRegistry, prefix: str) 
         say("upstream answers", url=client.upstream.url, version=await client.version())
     except UpstreamError as exc:
         say("upstream does not answer yet", url=client.upstream.url, error=str(exc))
+    if registry.database:
+        try:
+            await registry.database.check()
+        except StoreError as exc:
+            say("store does not answer yet", error=str(exc))
     say("agents loaded", agents=" ".join(loaded(registry.plugins)) or "none")
     for name, plugin in registry.plugins.items():
         progress = getattr(plugin.agent, "progress", "")

@@ -149,7 +149,8 @@ async def trial(
     """Run one agent before a scripted model, and ask in all ways. Raises ConfigError."""
     trying = Trial(model)
     async with demo.serve(trying.upstream) as url:
-        server, upstream = replace(config.server, data=data), replace(config.upstream, url=url)
+        server = replace(config.server, data=data, store="")  # never what real users keep
+        upstream = replace(config.upstream, url=url)
         config = replace(config, server=server, upstream=upstream)
         registry = osp.create_registry(config, environ)
         async with demo.serve(osp.create_app(config, registry), **SETTINGS) as url:

@@ -17,9 +17,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from kernel.errors import StoreError as StoreError
 from kernel.errors import UpstreamError
 
 # Authors import all they need from here.
+from kernel.store import Schema as Schema
+from kernel.store import Store as Store
 from kernel.text import beginning as beginning
 from kernel.text import fold as fold
 from kernel.text import index_words as index_words
@@ -42,13 +45,20 @@ class BaseAgent:
     last: bool = False  # runs after all others in both directions, but for innermost ones (redact)
     progress: str = ""  # a status line for GET /plugins; set it in setup()
     tools: list[Tool] = []  # offered to the model in this request; set it here or in on_request()
+    schema: Schema = Schema()  # the tables of `self.store`
     _data_dir: Path
+    _store: Callable[[], Store]
 
     @property
     def data_dir(self) -> Path:
         """A folder for what the agent keeps, made on first use."""
         self._data_dir.mkdir(parents=True, exist_ok=True)
         return self._data_dir
+
+    @property
+    def store(self) -> Store:
+        """Tables for what the agent keeps, made on first use: for `async def` hooks."""
+        return self._store()
 
     async def setup(self) -> None:
         """Load what is needed once; an exception here lists the agent as failed."""

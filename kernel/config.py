@@ -41,6 +41,7 @@ KEY_NAME = re.compile(r"[A-Za-z0-9][\w-]{0,39}", re.ASCII)
 KEY_NAMED = "letters, digits, _ and - can name a key"
 FRESH = "`python osp.py key NAME` prints a fresh one"
 SECRET = re.compile(r"[!-~]{8,}")
+SECRET_NAME = re.compile(r"(?i)(authorization|: store)$")  # of settings that no message shows
 # Seconds, or between quotes what Go's time.ParseDuration takes
 STAY = re.compile(r"-?\d{1,9}(\.\d+)?|'[-+]?(0|(\d*\.?\d+([num]?s|m|h))+)'", re.ASCII)
 SIGNS = re.compile(r"(?:[^\w\s]|_)*")
@@ -113,6 +114,7 @@ class ServerConfig:
     port: Port = 11435  # unless the host has one; 0: any free one
     max_body: Size = 32 * 2**20  # chats up to this size are parsed; larger ones stream untouched
     data: Path = HOME / "data"  # a folder for each agent; `load` puts it beside osp.toml
+    store: str = field(default="", repr=False)  # PostgreSQL for what agents keep; empty: SQLite
     shutdown: Seconds = 5.0  # how long open answers may go on after a signal
 
 
@@ -322,7 +324,7 @@ def convert(value: Any, hint: Any, where: str, base: Path) -> Any:
         valid = hint is Any or type(value) is (dict if origin is Mapping else hint)
     if valid:
         return value
-    secret = origin is tuple or ": keys" in where or where.lower().endswith("authorization")
+    secret = origin is tuple or ": keys" in where or SECRET_NAME.search(where)
     shown = "this" if secret else repr(value)  # it may hold keys
     raise ConfigError(f"{where}: {shown} is wrong here, it must be {expected}")
 

@@ -9,6 +9,7 @@
     ├── Aborted                 400-599  an agent refused, or failed and may not be left out
     ├── BadRequest                  400  the text says what would be right
     ├── NotAllowed                  403  401 where a key would help
+    ├── StoreError                       what an agent keeps is out of reach, or SQL of it is wrong
     ├── Stopped                     503  somebody stopped the request at the proxy
     └── UpstreamError               502  Ollama broke off before it answered, or answered nonsense
         ├── UpstreamConnectionError 502  nobody listens there
@@ -75,6 +76,9 @@ class BadRequest(OSPError):
 
 class NotAllowed(OSPError):
     status = 403
+
+
+class StoreError(OSPError): ...
 
 
 class Stopped(OSPError):

@@ -15,11 +15,12 @@ from pathlib import Path
 from typing import Any, cast
 
 from kernel import agent as contract
-from kernel.agent import Abort, Reply
+from kernel.agent import Abort, Reply, StoreError
 from kernel.errors import Aborted, OSPError, PluginExecutionError, PluginLoadError, UpstreamError
 
 PACKAGES = {"markdown_it": "markdown-it-py", "bs4": "beautifulsoup4", "yaml": "PyYAML"}
 PACKAGES |= {"PIL": "pillow", "sklearn": "scikit-learn"}  # modules whose package has another name
+PACKAGES |= {"psycopg": "'psycopg[binary]'"}
 # A header that an agent may set: neither its name nor its value can change how an answer is framed
 HEADER = re.compile(
     r"(?!(?:connection|content-|transfer-|upgrade|trailer|keep-alive|date|x-osp-))"
@@ -35,8 +36,9 @@ def meaning(exc: BaseException) -> Exception:
     try:
         if issubclass(kind, PluginExecutionError):
             return cast(Exception, exc)
-        if issubclass(kind, UpstreamError):  # its text is ours, or Ollama's
-            error = PluginExecutionError(f"{error}: {exc}", 502)
+        if issubclass(kind, UpstreamError | StoreError):  # no text of the agent's, and no prompt
+            status = 502 if issubclass(kind, UpstreamError) else 500
+            error = PluginExecutionError(f"{error}: {exc}", status)
         elif issubclass(kind, Reply):
             streams = hasattr(type(foreign.text), "__anext__")
             error = Reply(foreign.text if streams else text_of(foreign.text, "a Reply"))

@@ -14,6 +14,7 @@ import logging
 import secrets
 import sys
 from collections.abc import Mapping, Sequence
+from functools import cache, partial
 from operator import attrgetter
 from pathlib import Path
 from types import ModuleType
@@ -26,6 +27,7 @@ from kernel.foreign import load_error, safe_text
 from kernel.hooks import HookRunner
 from kernel.models import matches
 from kernel.plugin import Plugin, owned, scan
+from kernel.store import Database, Store
 from kernel.tools import offered_by
 
 logger = logging.getLogger(__name__)
@@ -43,6 +45,7 @@ class PluginRegistry:
 
     setup_limit = 60.0  # seconds, for the import and for setup
     teardown_limit = 5.0
+    database: Database | None = None  # has the stores of agents; without it they are in `data`
 
     def __init__(
         self, config: PluginsConfig, agents: Settings, data: Path, environ: Mapping[str, str]
@@ -65,6 +68,8 @@ class PluginRegistry:
     async def __aexit__(self, *exc_info: object) -> None:
         await asyncio.sleep(0)  # a setup that was cancelled ends before its teardown begins
         await asyncio.gather(*map(self._tear_down, self.plugins.values()))
+        if self.database:
+            await self.database.close()
         for name in [name for name in sys.modules if name.startswith(self._prefix)]:
             del sys.modules[name]
 
@@ -119,6 +124,7 @@ class PluginRegistry:
                 raise TypeError("it has __slots__")
             agent.settings = plugin.config.settings
             agent._data_dir = self._data / plugin.name
+            agent._store = cache(partial(self._open_store, plugin.name, agent))
             plugin.own = owned(agent)
         except Exception as exc:  # a frozen dataclass, say
             raise PluginLoadError(f"its instances cannot be copied for a request: {exc}") from exc
@@ -126,6 +132,13 @@ class PluginRegistry:
         doc = safe_text(lambda: kind.__doc__ or "").strip()
         plugin.description = plugin.config.description or doc.partition("\n")[0]
         return agent
+
+    def _open_store(self, name: str, agent: BaseAgent) -> Store:
+        if self.database:
+            return self.database.store(name, agent.schema)
+        from kernel.sqlite import SQLite  # nobody pays for what no agent uses
+
+        return SQLite(name, agent._data_dir, agent.schema)
 
     async def _tear_down(self, plugin: Plugin) -> None:
         agent, plugin.agent = self._set_up.pop(plugin, None), None

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
+from itertools import count
 from pathlib import Path
 
 import pytest
 
 import demo
+from tests.postgres import INITDB, Cluster, cluster
 from tests.support import FakeOllama, House
 
 pytest.register_assert_rewrite("tests.scenarios")
@@ -49,3 +51,23 @@ def plugins(tmp_path: Path) -> Path:
 def house(ollama: FakeOllama, ollama_url: str, plugins: Path) -> House:
     """A proxy that is open while it is asked, with the agents in `plugins`, before `ollama`."""
     return House(ollama, ollama_url, plugins)
+
+
+@pytest.fixture(scope="session")
+def postgres() -> Iterator[Cluster]:
+    """A PostgreSQL of its own; tests that need one are skipped where there is none."""
+    if not INITDB:
+        pytest.skip("there is no PostgreSQL here: initdb is missing")
+    with cluster() as made:
+        yield made
+
+
+NUMBERS = count(1)
+
+
+@pytest.fixture
+def database(postgres: Cluster) -> str:
+    """The address of a new database there."""
+    name = f"test{next(NUMBERS)}"
+    postgres.execute(f"CREATE DATABASE {name}")
+    return postgres.url(name)

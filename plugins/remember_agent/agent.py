@@ -12,7 +12,6 @@ operator sets `auto = true`: then the model is asked after each answer what is w
 
 from __future__ import annotations
 
-import asyncio
 import json
 import re
 from collections.abc import Sequence
@@ -21,7 +20,7 @@ from typing import Any
 
 from kernel.agent import BaseAgent, Payload, Reply, add_context
 
-from .notes import Note, Notes
+from .notes import SCHEMA, Note, Notes
 
 NOTE = re.compile(r"that(?:\s+(.*))?", re.IGNORECASE | re.DOTALL)
 USAGE = "That makes no sense here: /help remember says what does."
@@ -42,59 +41,62 @@ FORMAT = {"type": "object", "properties": {"facts": FACTS}, "required": ["facts"
 class Remember(BaseAgent):
     """Keeps short notes, and gives the model those that fit."""
 
+    schema = SCHEMA
     notes: Notes
     pieces: list[str] = []  # of the answer to this request
     under: bool = False  # it was asked something, and says under the answer that it noted nothing
 
-    # It is `def`, as `obey` and `kept` are, so that the disk is waited for in a thread.
-    def setup(self) -> None:  # type: ignore[override]
+    async def setup(self) -> None:
         for name, limit in self.settings.items():
             if not limit > 0 and name != "auto":
                 raise ValueError(f"settings: {name}: {limit} must be above 0")
         if self.settings["max_context"] < self.settings["max_chars"]:
             raise ValueError("settings: max_context must have room for a note of max_chars")
-        self.notes = Notes(self.data_dir / "notes.db")
+        self.notes = Notes(self.store)
+        if self.store.engine == "sqlite":  # a file that is damaged stays so; a server comes back
+            await self.notes.all("")
 
-    def on_request(self, payload: Payload) -> Payload:  # type: ignore[override]
+    async def on_request(self, payload: Payload) -> Payload:
         text, asked = self.context.prompt.strip(), self.context.asked
         if self.context.continuation:
             return payload
-        if asked and (answer := self.obey(text)):
+        if asked and (answer := await self.obey(text)):
             raise Reply(answer)
         self.under = asked
-        found = self.notes.find(self.context.user, text, self.settings["max_matches"])
+        found = await self.notes.find(self.context.user, text, self.settings["max_matches"])
         lines = fitting(found, self.settings["max_context"])
         if not text or not (asked or lines):
             return payload
         lines = [INSTRUCTION, *lines] if lines else [NOTHING]
         return add_context(payload, "\n".join([*lines, NOT_NOTED] if asked else lines))
 
-    def obey(self, text: str) -> str:
+    async def obey(self, text: str) -> str:
         """Do what the model has no part in and return what to say, or "" where it is asked."""
         note, number = NOTE.fullmatch(text), self.arguments["forget"]
         if self.arguments["do"]:
-            return self.listed() if self.arguments["do"].lower() == "list" else USAGE
+            return await self.listed() if self.arguments["do"].lower() == "list" else USAGE
         if self.context.explaining:
             return NO_EFFECT if note or number else ""
         if number:
-            text = self.notes.forget(self.context.user, number)
+            text = await self.notes.forget(self.context.user, number)
             return f"Forgotten: {text}" if text else f"There is no note {number}."
-        return self.note(note[1] or "") if note else ""
+        return await self.note(note[1] or "") if note else ""
 
-    def note(self, text: str) -> str:
-        text, most = " ".join(text.split()), self.settings["max_chars"]
+    async def note(self, text: str) -> str:
+        text, most = in_one_line(text), self.settings["max_chars"]
         if not text:
             return USAGE
         if len(text) > most:
             return f"Not noted: a note has at most {most} characters, this one has {len(text)}."
-        number, _ = self.notes.add(self.context.user, text, self.settings["max_notes"])
+        number, _ = await self.notes.add(self.context.user, text, self.settings["max_notes"])
         if not number:
             return "Not noted: there is no room for more notes. /remember:forget=1 forgets note 1."
         return f"Noted as {number}: {text}"
 
-    def listed(self) -> str:
+    async def listed(self) -> str:
         # No list of Markdown's own: that would be numbered anew where it is shown.
-        lines = [f"- {note.number}: {note.text}" for note in self.notes.all(self.context.user)]
+        notes = await self.notes.all(self.context.user)
+        lines = [f"- {note.number}: {note.text}" for note in notes]
         return "\n".join(lines) or "There are no notes."
 
     async def on_chunk(self, text: str) -> str:
@@ -106,7 +108,7 @@ class Remember(BaseAgent):
         lines: list[str] = []
         if self.settings["auto"] and not self.context.explaining and self.context.finish == "stop":
             facts = await self.facts(prompt, answer) if prompt else []
-            lines = await asyncio.to_thread(self.kept, facts)
+            lines = await self.kept(facts)
         elif self.under and answer.strip():
             lines = [UNDER] * (prompt[-1:] not in "?？؟;")
         return "".join(f"\n\n{line}" for line in lines)
@@ -124,14 +126,19 @@ class Remember(BaseAgent):
             self.context.log.warning("nothing was noted: %s", type(exc).__name__)
             return []
 
-    def kept(self, facts: list[Any]) -> list[str]:
+    async def kept(self, facts: list[Any]) -> list[str]:
         """Note what is new, and return what to say of it."""
         lines = []
         for fact in facts:
-            text = " ".join(str(fact).split())[: self.settings["max_chars"]]
-            number, new = self.notes.add(self.context.user, text, self.settings["max_notes"])
+            text = in_one_line(str(fact))[: self.settings["max_chars"]]
+            number, new = await self.notes.add(self.context.user, text, self.settings["max_notes"])
             lines += [f"(Noted as {number}: {text})"] * new
         return lines
+
+
+def in_one_line(text: str) -> str:
+    """Return what every store can keep: no half characters, which are text in JSON, and no NUL."""
+    return " ".join(text.encode("utf-8", "replace").decode().replace("\0", " ").split())
 
 
 def fitting(notes: Sequence[Note], room: int) -> list[str]:

@@ -8,9 +8,11 @@ from __future__ import annotations
 import asyncio
 import os
 import shutil
-import time
+import sqlite3
 from collections.abc import Callable
-from contextlib import suppress
+from contextlib import closing, suppress
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -187,9 +189,8 @@ async def test_each_key_has_answers_of_its_own(
     numbered(ollama)
     keys = ["one", "two", "one", "two"]
 
-    async with running(
-        ollama_url, agents, keys={"a": {"key": "one"}, "b": {"key": "two"}}
-    ) as client:
+    named = {name: {"key": name} for name in ("one", "two")}
+    async with running(ollama_url, agents, keys=named) as client:
         said = [await ask(client, headers={"x-api-key": key}) for key in keys]
 
     assert said == ["answer 1", "answer 2", "answer 1", "answer 2"]
@@ -291,39 +292,58 @@ async def test_what_is_explained_is_not_kept(
     assert "changed nothing" in explained and said == ["answer 1", "answer 1"]
 
 
-# The files
+# The store
 
 
-def kept(agents: Path) -> list[Path]:
-    return [*(agents.parent / "data/cache").iterdir()]
+@dataclass
+class Kept:
+    """Where answers are: `server` is a section of the settings, `execute` runs SQL there."""
+
+    server: dict[str, str]
+    execute: Callable[[str], list[Any]]
+
+
+@pytest.fixture(params=["sqlite", "postgresql"])
+def kept(request: pytest.FixtureRequest, agents: Path) -> Kept:
+    if request.param == "postgresql":
+        url = request.getfixturevalue("database")
+        cluster = request.getfixturevalue("postgres")
+        name = url.rpartition("/")[2]
+        return Kept({"store": url}, lambda sql: cluster.execute(sql.format("osp_cache."), name))
+
+    def execute(sql: str) -> list[Any]:
+        with closing(sqlite3.connect(agents.parent / "data/cache/store.db")) as db, db:
+            return db.execute(sql.format("")).fetchall()
+
+    return Kept({}, execute)
 
 
 async def test_an_old_answer_and_one_from_the_future_are_not_given(
-    ollama: FakeOllama, ollama_url: str, agents: Path
+    ollama: FakeOllama, ollama_url: str, agents: Path, kept: Kept
 ) -> None:
     numbered(ollama)
-    settings = {"settings": {"max_age": 60}}
+    settings = {"cache": {"settings": {"max_age": 60}}}
 
-    async with running(ollama_url, agents, agents={"cache": settings}) as client:
+    async with running(ollama_url, agents, agents=settings, server=kept.server) as client:
         said = [await ask(client)]
-        for age in (50, 61, -3600):
-            for file in kept(agents):
-                os.utime(file, (time.time() - age,) * 2)
+        for later in (-30, -31, 3600):
+            kept.execute(f"UPDATE {{}}answers SET made = made + {later}")
             said.append(await ask(client))
-        os.utime(kept(agents)[0], (time.time() - 61,) * 2)
+        kept.execute("UPDATE {}answers SET made = made - 61")
         await ask(client, "/cache other")
 
     assert said == ["answer 1", "answer 1", "answer 2", "answer 3"]
-    assert len(kept(agents)) == 1
+    assert kept.execute("SELECT count(*) FROM {}answers") == [(1,)]
 
 
 @pytest.mark.parametrize("limit", [{"max_entries": 2}, {"max_bytes": 2 * len("answer 1")}])
 async def test_when_there_is_no_room_the_oldest_answer_goes(
-    ollama: FakeOllama, ollama_url: str, agents: Path, limit: dict[str, int]
+    ollama: FakeOllama, ollama_url: str, agents: Path, kept: Kept, limit: dict[str, int]
 ) -> None:
     numbered(ollama)
+    settings = {"cache": {"settings": limit}}
 
-    async with running(ollama_url, agents, agents={"cache": {"settings": limit}}) as client:
+    async with running(ollama_url, agents, agents=settings, server=kept.server) as client:
         for text in ("/cache a", "/cache b", "/cache:fresh=true a", "/cache c"):
             await ask(client, text)
         said = [await ask(client, f"/cache {text}") for text in "acb"]
@@ -332,10 +352,12 @@ async def test_when_there_is_no_room_the_oldest_answer_goes(
 
 
 async def test_an_answer_that_is_too_large_is_not_kept_and_drives_no_other_out(
-    ollama: FakeOllama, ollama_url: str, agents: Path
+    ollama: FakeOllama, ollama_url: str, agents: Path, kept: Kept
 ) -> None:
-    settings = {"settings": {"max_bytes": len("answer 2 is large ä")}}  # it has one byte more
-    async with running(ollama_url, agents, agents={"cache": settings}) as client:
+    # It has one byte more than there may be
+    settings = {"cache": {"settings": {"max_bytes": len("answer 2 is large ä")}}}
+
+    async with running(ollama_url, agents, agents=settings, server=kept.server) as client:
         numbered(ollama)
         await ask(client, "/cache small")
         numbered(ollama, "answer {} is large ä")
@@ -344,22 +366,15 @@ async def test_an_answer_that_is_too_large_is_not_kept_and_drives_no_other_out(
     assert said == ["answer 2 is large ä", "answer 3 is large ä", "answer 1"]
 
 
-@pytest.mark.parametrize(
-    "damage",
-    [
-        lambda file: file.write_bytes(b"\xff\xfe"),
-        Path.unlink,
-        lambda file: shutil.rmtree(file.parent),
-    ],
-)
-async def test_a_file_that_is_damaged_or_gone_is_made_anew(
+@pytest.mark.parametrize("damage", [Path.unlink, lambda file: shutil.rmtree(file.parent)])
+async def test_a_file_that_is_gone_is_made_anew(
     ollama: FakeOllama, ollama_url: str, agents: Path, damage: Callable[[Path], Any]
 ) -> None:
     numbered(ollama)
 
     async with running(ollama_url, agents) as client:
         said = [await ask(client)]
-        damage(kept(agents)[0])
+        damage(agents.parent / "data/cache/store.db")
         said += [await ask(client) for _ in range(2)]
 
     assert said == ["answer 1", "answer 2", "answer 2"]
@@ -373,30 +388,45 @@ async def test_a_limit_must_be_above_zero(ollama_url: str, agents: Path, setting
         assert f"settings: {setting}: 0 must be above 0" in (await client.get("/plugins")).text
 
 
-@pytest.mark.skipif(os.name == "nt", reason="permissions are others here")
-async def test_two_proxies_share_files_that_are_the_owners_alone(
-    ollama: FakeOllama, ollama_url: str, agents: Path
+async def test_two_proxies_share_what_they_keep(
+    ollama: FakeOllama, ollama_url: str, agents: Path, kept: Kept
 ) -> None:
-    """They share nothing but the files, as two processes do."""
+    """They begin at once, fill the same entries at once, and share nothing else."""
     numbered(ollama)
+    proxy = partial(running, ollama_url, agents, server=kept.server)
 
-    async with running(ollama_url, agents) as one, running(ollama_url, agents) as two:
+    async with proxy() as one, proxy() as two:
         both = [(client, f"/cache {n}") for n in range(10) for client in (one, two)]
-        await asyncio.gather(*(ask(client, text) for client, text in both))
+        bodies = [(client, chat(CHAT, text)) for client, text in both]
+        first = await asyncio.gather(*(c.post(CHAT, json=body) for c, body in bodies))
         asked = len(ollama.asked)
         said = [await asyncio.gather(ask(one, text), ask(two, text)) for _, text in both]
 
+    assert {outcomes(answer) for answer in first} <= {"cache;ok", "cache;reply"}
     assert len(ollama.asked) == asked and all(first == second for first, second in said)
-    assert {file.stat().st_mode & 0o777 for file in kept(agents)} == {0o600}
+    assert kept.execute("SELECT count(*) FROM {}answers") == [(10,)]
+
+
+@pytest.mark.skipif(os.name == "nt", reason="permissions are others here")
+async def test_its_files_are_the_owners_alone(
+    ollama: FakeOllama, ollama_url: str, agents: Path
+) -> None:
+    numbered(ollama)
+
+    async with running(ollama_url, agents) as client:
+        await ask(client)
+
+    files = [*(agents.parent / "data/cache").iterdir()]
+    assert {file.stat().st_mode & 0o777 for file in files} == {0o600}
 
 
 async def test_half_a_character_is_kept_as_it_came(
-    ollama: FakeOllama, ollama_url: str, agents: Path
+    ollama: FakeOllama, ollama_url: str, agents: Path, kept: Kept
 ) -> None:
     half = b'{"message":{"role":"assistant","content":"<\\ud83d>"},"done":false}\n'
     ollama.answers(half, done())
 
-    async with running(ollama_url, agents) as client:
+    async with running(ollama_url, agents, server=kept.server) as client:
         said = [await ask(client), await ask(client)]
 
     assert said == ["<\ud83d>", "<\ud83d>"] and len(ollama.asked) == 1

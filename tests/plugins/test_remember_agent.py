@@ -8,12 +8,17 @@ import json
 import os
 import shutil
 import sqlite3
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import closing
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from kernel.agent import Payload, Reply
+from kernel.agent import Payload, Reply, Store, StoreError
+from kernel.postgres import Postgres
+from kernel.sqlite import SQLite
 from plugins.remember_agent import agent as texts
 from plugins.remember_agent.agent import INSTRUCTION, NOT_NOTED, NOTHING, Remember
 from tests.plugins.context import a_context, no_model
@@ -24,17 +29,41 @@ RED = "- my bike is red"
 QUESTION = "what colour is my bike?"
 
 
-def loaded(tmp_path: Path, **settings: Any) -> Remember:
+Load = Callable[..., Awaitable[Remember]]
+
+
+async def loaded(store: Store, **settings: Any) -> Remember:
     agent = Remember()
     agent.settings = CONFIG["settings"] | settings
-    agent._data_dir = tmp_path / "data"
-    agent.setup()
+    agent._store = lambda: store
+    await agent.setup()
     return agent
 
 
+async def in_file(folder: Path, **settings: Any) -> Remember:
+    return await loaded(SQLite("remember", folder, Remember.schema), **settings)
+
+
+@pytest.fixture(params=["sqlite", "postgresql"])
+async def load(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterator[Load]:
+    """Load the agent, as in a proxy of its own; those of one test share what is kept."""
+    if request.param == "sqlite":
+        yield partial(in_file, tmp_path / "data")
+        return
+    url, servers = request.getfixturevalue("database"), list[Postgres]()
+
+    async def in_database(**settings: Any) -> Remember:
+        servers.append(Postgres(url))
+        return await loaded(servers[-1].store("remember", Remember.schema), **settings)
+
+    yield in_database
+    for server in servers:
+        await server.close()
+
+
 @pytest.fixture
-def remember(tmp_path: Path) -> Remember:
-    return loaded(tmp_path)
+async def remember(load: Load) -> Remember:
+    return await load()
 
 
 def an_instance(remember: Remember, prompt: str, model: Any = no_model, **values: Any) -> Remember:
@@ -51,7 +80,7 @@ async def ask(remember: Remember, prompt: str, **values: Any) -> str:
     agent = an_instance(remember, prompt, **values)
     payload = {"messages": [{"role": "user", "content": prompt}]}
     try:
-        changed = await asyncio.to_thread(agent.on_request, payload)
+        changed = await agent.on_request(payload)
     except Reply as reply:
         return str(reply.text)
     return str(changed["messages"][0]["content"])
@@ -74,11 +103,11 @@ async def listed(remember: Remember, **values: Any) -> str:
         ("that that is that", "that is that"),
         ("that ein Fahrrad – 赤い – rot ist 🚲", "ein Fahrrad – 赤い – rot ist 🚲"),
         ("that \ud83d half", "? half"),
-        ("that '; DROP TABLE kept \0", "'; DROP TABLE kept \0"),
+        ("that '; DROP TABLE kept \0", "'; DROP TABLE kept"),
     ],
 )
 async def test_what_begins_with_that_is_a_note(remember: Remember, typed: str, noted: str) -> None:
-    assert (await ask(remember, typed)).encode(errors="replace").decode() == f"Noted as 1: {noted}"
+    assert await ask(remember, typed) == f"Noted as 1: {noted}"
     assert await listed(remember) == f"- 1: {noted}"
     assert await ask(remember, "", forget=1) == f"Forgotten: {noted}"
 
@@ -102,10 +131,10 @@ async def test_under_the_answer_to_what_is_no_question_stands_that_nothing_was_n
 ) -> None:
     for values, expected in (({}, under), ({"asked": False}, ""), ({"continuation": True}, "")):
         agent = an_instance(remember, typed, **values)
-        await asyncio.to_thread(agent.on_request, {"messages": []})
+        await agent.on_request({"messages": []})
         text = await agent.on_chunk("ok")
         agent.context.continuation = True  # other agents' tools ran
-        await asyncio.to_thread(agent.on_request, {"messages": []})
+        await agent.on_request({"messages": []})
 
         assert text + await agent.on_end() == f"ok{expected}"
 
@@ -123,13 +152,13 @@ async def test_what_makes_no_sense_gets_the_usage(
     assert await listed(remember, forget=1) == "- 1: my bike is red"  # a list forgets nothing
 
 
-async def test_a_number_is_never_used_again(remember: Remember, tmp_path: Path) -> None:
+async def test_a_number_is_never_used_again(remember: Remember, load: Load) -> None:
     await note(remember, "one bike", "two bikes", "three bikes")
 
     for number, text in ((3, "three bikes"), (2, "two bikes")):
         assert await ask(remember, "", forget=number) == f"Forgotten: {text}"
         assert await ask(remember, "", forget=number) == f"There is no note {number}."
-    again = loaded(tmp_path)
+    again = await load()
     assert await ask(again, "that four bikes") == "Noted as 4: four bikes"
     assert await listed(again) == "- 1: one bike\n- 4: four bikes"
     assert "- two" not in await ask(again, "which two bikes?")
@@ -137,9 +166,8 @@ async def test_a_number_is_never_used_again(remember: Remember, tmp_path: Path) 
         assert await ask(again, "", forget=number) == f"There is no note {number}."
 
 
-async def test_what_is_forgotten_is_not_in_the_file_any_more(
-    remember: Remember, tmp_path: Path
-) -> None:
+async def test_what_is_forgotten_is_not_in_the_file_any_more(tmp_path: Path) -> None:
+    remember = await in_file(tmp_path / "data")
     await note(remember, "the quokka hops", "the walrus sings", "the otter swims")
     assert b"walrus" in (tmp_path / "data/notes.db").read_bytes()
 
@@ -197,20 +225,23 @@ async def test_no_question_is_a_syntax_error(remember: Remember, question: str) 
     assert (await ask(remember, question)).endswith(question)
 
 
-async def test_the_best_notes_that_have_room_are_given_the_newest_last(tmp_path: Path) -> None:
-    remember = loaded(tmp_path, max_matches=2)
+async def test_the_best_notes_that_have_room_are_given_the_newest_last(load: Load) -> None:
+    remember = await load(max_matches=2)
     await note(remember, "the red bike is fast", "a bike", "no match", "a red bike", "red wine")
     given = await ask(remember, "which red bike?", asked=False)
-    small = loaded(tmp_path / "small", max_context=100, max_chars=100)
-    await note(small, *(f"bike {letter * 45}" for letter in "xyz"))
+    small = await load(max_context=100, max_chars=100)
+    for letter in "xyz":
+        await ask(small, f"that bike {letter * 45}", user="other")
 
     assert given == f"{INSTRUCTION}\n- the red bike is fast\n- a red bike\n\nwhich red bike?"
     bikes = "".join(f"- bike {letter * 45}\n" for letter in "yz")
-    assert await ask(small, "my bike") == f"{INSTRUCTION}\n{bikes}{NOT_NOTED}\n\nmy bike"
+    assert (
+        await ask(small, "my bike", user="other") == f"{INSTRUCTION}\n{bikes}{NOT_NOTED}\n\nmy bike"
+    )
 
 
-async def test_what_is_too_long_or_too_much_is_refused_and_twice_is_once(tmp_path: Path) -> None:
-    remember = loaded(tmp_path, max_chars=10, max_notes=2)
+async def test_what_is_too_long_or_too_much_is_refused_and_twice_is_once(load: Load) -> None:
+    remember = await load(max_chars=10, max_notes=2)
     typed = ("x" * 11, "x" * 10, "b", "c", "x" * 10)
 
     answers = [await ask(remember, f"that {text}") for text in typed]
@@ -257,14 +288,14 @@ async def automatic(
         return {"message": {"content": content}, "done_reason": "stop"}
 
     agent = an_instance(remember, prompt, model, **({"finish": "stop", "asked": False} | values))
-    await asyncio.to_thread(agent.on_request, {"messages": [{"role": "user", "content": prompt}]})
+    await agent.on_request({"messages": [{"role": "user", "content": prompt}]})
     return (await agent.on_chunk("ok") + await agent.on_end()).removeprefix("ok"), bodies
 
 
 async def test_where_it_may_the_model_is_asked_once_for_facts_and_each_new_one_is_shown(
-    tmp_path: Path,
+    load: Load,
 ) -> None:
-    remember = loaded(tmp_path, auto=True)
+    remember = await load(auto=True)
     facts = json.dumps({"facts": ["The user's bike is red.", " ", "The user lives in Łódź."]})
 
     first, bodies = await automatic(remember, facts)
@@ -283,21 +314,23 @@ async def test_where_it_may_the_model_is_asked_once_for_facts_and_each_new_one_i
     [{"finish": "length"}, {"finish": "tool_calls"}, {"finish": ""}, {"explaining": True}]
     + [{"prompt": ""}, {"auto": False}],
 )
-async def test_otherwise_the_model_is_not_asked(tmp_path: Path, values: dict[str, Any]) -> None:
-    remember = loaded(tmp_path, auto=values.pop("auto", True))
+async def test_otherwise_the_model_is_not_asked(load: Load, values: dict[str, Any]) -> None:
+    remember = await load(auto=values.get("auto", True))
+    values = {key: value for key, value in values.items() if key != "auto"}
 
     assert await automatic(remember, '{"facts": ["x"]}', **values) == ("", [])
     assert await listed(remember) == "There are no notes."
 
 
 @pytest.mark.parametrize("content", ["", "no JSON", "[1]", '{"facts": 7}', "{}", OSError("down")])
-async def test_nonsense_of_the_model_is_no_note(tmp_path: Path, content: Any) -> None:
-    remember = loaded(tmp_path, auto=True)
+async def test_nonsense_of_the_model_is_no_note(load: Load, content: Any) -> None:
+    remember = await load(auto=True)
 
     assert (await automatic(remember, content))[0] == ""
 
 
-async def test_a_folder_that_was_deleted_is_made_anew(remember: Remember, tmp_path: Path) -> None:
+async def test_a_folder_that_was_deleted_is_made_anew(tmp_path: Path) -> None:
+    remember = await in_file(tmp_path / "data")
     await note(remember, "my bike is red")
     shutil.rmtree(tmp_path / "data")
 
@@ -305,13 +338,13 @@ async def test_a_folder_that_was_deleted_is_made_anew(remember: Remember, tmp_pa
     assert await ask(remember, "that my bike is blue") == "Noted as 1: my bike is blue"
 
 
-def test_a_damaged_file_is_an_error_and_stays_as_it_is(tmp_path: Path) -> None:
+async def test_a_damaged_file_is_an_error_and_stays_as_it_is(tmp_path: Path) -> None:
     (tmp_path / "data").mkdir()
     file = tmp_path / "data/notes.db"
     file.write_bytes(b"no database at all" * 100)
 
-    with pytest.raises(sqlite3.DatabaseError):
-        loaded(tmp_path)
+    with pytest.raises(StoreError, match="notes.db: DatabaseError: file is not a database"):
+        await in_file(tmp_path / "data")
     assert file.read_bytes() == b"no database at all" * 100
 
 
@@ -319,23 +352,24 @@ def test_a_damaged_file_is_an_error_and_stays_as_it_is(tmp_path: Path) -> None:
     "settings",
     [{"max_notes": 0}, {"max_chars": 0}, {"max_matches": 0}, {"max_context": 499}],
 )
-def test_settings_that_cannot_work_are_an_error_at_the_start(
+async def test_settings_that_cannot_work_are_an_error_at_the_start(
     tmp_path: Path, settings: dict[str, int]
 ) -> None:
     with pytest.raises(ValueError, match=next(iter(settings))):
-        loaded(tmp_path, **settings)
+        await in_file(tmp_path, **settings)
 
 
 @pytest.mark.skipif(os.name == "nt", reason="permissions are others here")
-async def test_its_files_are_the_owners_alone(remember: Remember, tmp_path: Path) -> None:
+async def test_its_files_are_the_owners_alone(tmp_path: Path) -> None:
+    remember = await in_file(tmp_path / "data")
     await note(remember, "my bike is red")
 
     modes = {file.name: file.stat().st_mode & 0o777 for file in (tmp_path / "data").iterdir()}
     assert modes == {"notes.db": 0o600}
 
 
-async def test_two_proxies_share_one_file(remember: Remember, tmp_path: Path) -> None:
-    other = loaded(tmp_path)
+async def test_two_proxies_share_the_notes(remember: Remember, load: Load) -> None:
+    other = await load()
     jobs = [ask(agent, f"that {n}") for n in range(10) for agent in (remember, other)]
 
     noted = await asyncio.gather(*jobs)
@@ -344,3 +378,22 @@ async def test_two_proxies_share_one_file(remember: Remember, tmp_path: Path) ->
     lines = (await listed(remember)).splitlines()
     assert sorted(lines) == sorted({f"- {text[9:]}" for text in noted})
     assert len(lines) == 10
+
+
+BEFORE = """
+CREATE VIRTUAL TABLE kept USING fts5 (words, text UNINDEXED, user UNINDEXED, number UNINDEXED,
+  tokenize = 'porter ascii');
+INSERT INTO kept VALUES ('my bike is red', 'my bike is red', '', 1), ('', '', '', 2);
+"""
+
+
+async def test_a_file_from_before_there_were_stores_goes_on_to_work(tmp_path: Path) -> None:
+    with closing(sqlite3.connect(tmp_path / "notes.db")) as db:
+        db.executescript(BEFORE)
+    remember = await in_file(tmp_path)
+
+    assert RED in await ask(remember, QUESTION)
+    assert await ask(remember, "that it is fast") == "Noted as 3: it is fast"
+    with closing(sqlite3.connect(tmp_path / "notes.db")) as db:  # an older proxy finds it, too
+        found = db.execute("SELECT number FROM kept WHERE kept MATCH 'fast' ORDER BY bm25(kept)")
+        assert found.fetchall() == [(3,)]
