@@ -3,8 +3,8 @@
 `/rag what did we decide in May?` puts the passages that fit best before the question, and links to
 their files under the answer. The folders are the operator's settings; how many passages
 (`/rag:k=8`) and which folder (`/rag:in=work`) are the prompt's. `follower.py` keeps the index in
-step with the folders, `reader.py` and `passages.py` cut the files, `index.py` finds passages by
-their words and `vectors.py` by meaning.
+step with the folders, `reader.py` and `passages.py` cut the files, `index.py` keeps the passages in
+the agent's store, `words.py` finds them by their words and `vectors.py` by meaning.
 """
 
 from __future__ import annotations
@@ -35,10 +35,11 @@ from kernel.agent import (
 )
 
 from .follower import Follower
-from .index import Passage, by_words, fetch, opened
+from .index import SCHEMA, Index, Passage, fetch
 from .vectors import Vectors
+from .words import by_words
 
-VERSION = 4  # of the index, and of how texts are cut: raise it when either changes
+VERSION = 5  # of the index, and of how texts are cut: raise it when either changes
 MOST = 20  # passages for one question, whatever the prompt asks for, and places of a ranking
 RANK = 5  # of reciprocal rank fusion: small, or what is far down twice comes before the best ones
 INSTRUCTION = (
@@ -58,7 +59,8 @@ OWN = re.compile(r"\n[\s*_#]*Sources:[*_]*(?:\s*\n[ \t]*[-*•\[\d].*)*\s*\Z")
 class Rag(BaseAgent):
     """Answers from the files of a folder."""
 
-    index: Path
+    schema = SCHEMA
+    index: Index
     follower: Follower
     vectors: Vectors
     folders: dict[str, Path]  # by the name of each; "" is the name of a single one
@@ -66,7 +68,7 @@ class Rag(BaseAgent):
     unread = 0  # files, at that time
     pieces: list[str] = []  # of the answer
 
-    def setup(self) -> None:  # type: ignore[override]
+    async def setup(self) -> None:
         for name in ("max_chars", "max_file", "embed_batch", "wait"):
             if not self.settings[name] > 0:
                 raise ValueError(f"settings: {name}: {self.settings[name]} must be above 0")
@@ -75,7 +77,7 @@ class Rag(BaseAgent):
         limit, model = self.settings["max_file"], self.settings["embed_model"]
         # An index belongs to these settings: another proxy with other ones has another.
         owner = repr((VERSION, sorted(self.folders.items()), limit, model)).encode()
-        self.index = self.data_dir / f"index-{crc32(owner):08x}.db"
+        self.index = Index(self.store, f"{crc32(owner):08x}")
         self.vectors = Vectors(self.index, model, self.settings["embed_batch"])
         self.follower = Follower(self.index, self.folders, limit)
 
@@ -120,19 +122,21 @@ class Rag(BaseAgent):
         return next((text for text in reversed(earlier) if telling_words(text)), "")
 
     async def find(self, question: str, within: Path | None) -> list[Passage]:
-        await asyncio.to_thread(self.follower.catch_up, self.settings["wait"])
+        await self.follower.catch_up(self.settings["wait"])
         vector = await self.vectors.of_question(self.context, question)
-        return await asyncio.to_thread(self.search, question, vector, within)
+        return await self.search(question, vector, within)
 
-    def search(
+    async def search(
         self, question: str, vector: array[float] | None, within: Path | None = None
     ) -> list[Passage]:
         """Return the best passages by words and by meaning; of copies one."""
         scores, passages = defaultdict[str, float](float), dict[str, Passage]()
-        with opened(self.index) as db:
-            words = by_words(db, telling_words(question))
-            for ids in (words, self.vectors.near(db, vector) if vector else ()):
-                found = fetch(db, ids, within, MOST)
+        words = await asyncio.to_thread(telling_words, question)
+        async with self.index.transaction() as execute:
+            rankings = [await by_words(execute, words, self.store.engine)]
+            rankings += [await self.vectors.near(execute, vector)] if vector else []
+            for ids in rankings:
+                found = await fetch(execute, ids, within, MOST)
                 passages |= found
                 for place, text in enumerate(found, 1):
                     scores[text] += 1 / (RANK + place)
@@ -159,7 +163,7 @@ class Rag(BaseAgent):
 
     async def teardown(self) -> None:
         await self.vectors.stop()
-        await asyncio.to_thread(self.follower.stop)
+        await self.follower.stop()
 
 
 def resolved(name: str, text: str) -> Path:

@@ -1,4 +1,4 @@
-"""The RAG agent over real files and a real SQLite file.
+"""The RAG agent over real files, with its index in a SQLite file and in a PostgreSQL.
 
 First comes how files are read and cut, then what a request becomes and what is put under the
 answer, then how the folders are followed and the index heals, and last vectors, from an embedding
@@ -19,15 +19,13 @@ import os
 import random
 import re
 import shutil
-import sqlite3
-import subprocess
 import sys
 import threading
 import time
 import tomllib
 from array import array
-from collections.abc import AsyncIterator, Callable, Sequence
-from contextlib import asynccontextmanager, closing, suppress
+from collections.abc import AsyncIterator, Callable
+from contextlib import AbstractAsyncContextManager, asynccontextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -35,18 +33,21 @@ import pytest
 from pypdf import PdfWriter
 from pypdf.generic import DecodedStreamObject, NameObject, read_object
 
-from kernel.agent import Payload, Reply
+from kernel.agent import Payload, Reply, Store, StoreError, telling_words
+from kernel.postgres import Postgres
+from kernel.sqlite import SQLite
 from plugins.rag_agent.agent import INSTRUCTION, NOTHING, Rag
-from plugins.rag_agent.index import Damaged, opened, put
+from plugins.rag_agent.index import SCHEMA, Index
 from plugins.rag_agent.passages import CHUNK, passages
 from plugins.rag_agent.reader import Unreadable, decoded, read
-from plugins.rag_agent.vectors import Vectors, normalised
+from plugins.rag_agent.vectors import HAS_INDEX, Vectors, normalised
+from plugins.rag_agent.words import by_words
 from tests.plugins.context import a_context, no_model
+from tests.postgres import Cluster
 
 FOLDER = Path(__file__).parents[2] / "plugins/rag_agent"
 CONFIG = json.loads((FOLDER / "config.json").read_text(encoding="utf-8"))
 TIMES = itertools.count(1_700_000_000)
-FILE = (b"a", "a", "", "", "")  # path, name, stamp, guess, problem
 NOT_FOUND = "\n\n(Nothing found in the folder.)"
 MINUTES = """\
 # Minutes
@@ -253,13 +254,45 @@ def test_a_pdf_is_read_by_pages() -> None:
         cut(a_pdf("", ""), ".pdf")
 
 
+Open = Callable[[], Store]
+Load = Callable[..., AbstractAsyncContextManager[Rag]]
+
+
+@pytest.fixture(params=["sqlite", "postgresql"])
+def where(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    """The address of a new database, or the folder of SQLite's file."""
+    server = request.param == "postgresql"
+    return str(request.getfixturevalue("database") if server else tmp_path / "data")
+
+
+# For what does not depend on the store, or is of one kind of it
+IN_A_FILE = pytest.mark.parametrize("where", ["sqlite"], indirect=True)
+IN_POSTGRESQL = pytest.mark.parametrize("where", ["postgresql"], indirect=True)
+
+
+@pytest.fixture
+async def open_store(where: str) -> AsyncIterator[Open]:
+    """Open the agent's store as a proxy of its own; those of one test share what is in it."""
+    servers: list[Postgres] = []
+
+    def open_it() -> Store:
+        if not where.startswith("postgresql:"):
+            return SQLite("rag", Path(where), SCHEMA)
+        servers.append(Postgres(where))
+        return servers[-1].store("rag", SCHEMA)
+
+    yield open_it
+    for server in servers:
+        await server.close()
+
+
 @asynccontextmanager
-async def loaded(tmp_path: Path, **settings: Any) -> AsyncIterator[Rag]:
-    """Set the agent up as the registry does; its data is in `tmp_path / "data"`."""
+async def loaded(store: Store, notes: Path, **settings: Any) -> AsyncIterator[Rag]:
+    """Set the agent up as the registry of a proxy does."""
     agent = Rag()
-    agent.settings = CONFIG["settings"] | {"folder": str(tmp_path / "notes"), "wait": 20} | settings
-    agent._data_dir = tmp_path / "data"
-    await asyncio.to_thread(agent.setup)
+    agent.settings = CONFIG["settings"] | {"folder": str(notes), "wait": 20} | settings
+    agent._store = lambda: store
+    await agent.setup()
     try:
         yield agent
     finally:
@@ -267,8 +300,13 @@ async def loaded(tmp_path: Path, **settings: Any) -> AsyncIterator[Rag]:
 
 
 @pytest.fixture
-async def rag(notes: Path, tmp_path: Path) -> AsyncIterator[Rag]:
-    async with loaded(tmp_path) as rag:
+def load(open_store: Open, tmp_path: Path) -> Load:
+    return lambda **settings: loaded(open_store(), tmp_path / "notes", **settings)
+
+
+@pytest.fixture
+async def rag(notes: Path, load: Load) -> AsyncIterator[Rag]:
+    async with load() as rag:
         yield rag
 
 
@@ -299,12 +337,6 @@ async def sources(rag: Rag, *texts: str, **values: Any) -> list[str]:
     return re.findall(r"\n- (.*) <.*>", (await ask(rag, *texts, **values))[1])
 
 
-def rows(tmp_path: Path, query: str) -> list[Any]:
-    (file,) = (tmp_path / "data").glob("index-*.db")
-    with closing(sqlite3.connect(file)) as db:
-        return db.execute(query).fetchall()
-
-
 MAY = "minutes.md, Minutes > Meeting of 12 May"
 APRIL = "minutes.md, Minutes > Meeting of 14 April"
 KEYS = "house/keys.txt"
@@ -321,11 +353,10 @@ async def test_what_fits_stands_before_the_question_and_its_sources_under_the_an
     assert below == f"\n\nSources:\n- {MAY} <{link}>\n- {APRIL} <{link}>"
 
 
-async def test_a_link_may_begin_with_an_address_of_the_operator(
-    notes: Path, tmp_path: Path
-) -> None:
+@IN_A_FILE
+async def test_a_link_may_begin_with_an_address_of_the_operator(notes: Path, load: Load) -> None:
     write(notes / "Größe [1] (alt).txt", "otter")
-    async with loaded(tmp_path, base_url="https://wiki.example/notes/") as rag:
+    async with load(base_url="https://wiki.example/notes/") as rag:
         _, below = await ask(rag, "otter")
 
     assert below.endswith(" <https://wiki.example/notes/Gr%C3%B6%C3%9Fe%20%5B1%5D%20%28alt%29.txt>")
@@ -362,7 +393,7 @@ async def test_in_each_language_the_right_passage_is_among_five_for_nine_of_ten_
 
 @pytest.mark.parametrize("model", ["", "brain"])
 async def test_over_articles_the_right_passage_is_among_five_for_nine_of_ten_questions(
-    tmp_path: Path, model: str
+    tmp_path: Path, model: str, load: Load
 ) -> None:
     """An embedding model that knows nothing at all must not spoil that."""
     rng = random.Random(7)
@@ -372,12 +403,37 @@ async def test_over_articles_the_right_passage_is_among_five_for_nine_of_ten_que
         write(tmp_path / "notes" / article["name"], article["text"])
     asked = [question for article in articles for question in article["questions"]]
     asked = [question for question in asked if question[2] == "words"]
-    async with loaded(tmp_path, embed_model=model, embed_batch=1000) as rag:
+    async with load(embed_model=model, embed_batch=1000) as rag:
         texts = [(await ask(rag, question, k=5, model=brain))[0] for question, *_ in asked]
 
     hits = [a[1] in " ".join(text.split()) for a, text in zip(asked, texts, strict=True)]
     assert len(hits) >= 40 and sum(hits) >= 0.9 * len(hits)
     assert len(brain.asked) >= len(hits) * bool(model)
+
+
+@IN_POSTGRESQL
+async def test_in_postgresql_the_same_is_found_in_the_same_order_as_in_sqlite(
+    tmp_path: Path, load: Load
+) -> None:
+    articles = tomllib.loads((FOLDER / "bench/rag.toml").read_text(encoding="utf-8"))["articles"]
+    for article in articles:
+        write(tmp_path / "notes" / article["name"], article["text"])
+    for language, pairs in LANGUAGES.items():
+        write(tmp_path / f"notes/{language}.txt", "\n\n".join(text for text, _ in pairs))
+    asked = [question for article in articles for question, *_ in article["questions"]]
+    asked += [question for pairs in LANGUAGES.values() for _, question in pairs]
+    found = []
+    file = SQLite("rag", tmp_path, SCHEMA)
+    async with load() as rag, loaded(file, tmp_path / "notes") as other:
+        for agent in (rag, other):
+            await ask(agent, "otter")
+            async with agent.index.transaction() as execute:
+                words = [telling_words(question) for question in asked]
+                engine = agent.store.engine
+                found.append([await by_words(execute, some, engine) for some in words])
+
+    assert len(asked) > 150 and found[0] == found[1]
+    assert sum(map(len, found[0])) > 500
 
 
 SMALL_TALK = [
@@ -388,6 +444,7 @@ SMALL_TALK = [
 
 
 @pytest.mark.parametrize("prompt", SMALL_TALK)
+@IN_A_FILE
 async def test_small_talk_is_no_search(rag: Rag, notes: Path, prompt: str) -> None:
     write(notes / "all.txt", "\n".join(SMALL_TALK))
 
@@ -397,6 +454,7 @@ async def test_small_talk_is_no_search(rag: Rag, notes: Path, prompt: str) -> No
 @pytest.mark.parametrize(
     "prompt", ["And when?", "und wann?", "それはいつですか？", "为什么？", "متى؟"]
 )
+@IN_A_FILE
 async def test_a_question_without_a_telling_word_is_about_the_last_that_had_one(
     rag: Rag, prompt: str
 ) -> None:
@@ -412,6 +470,7 @@ async def test_where_nothing_fits_only_who_asked_is_told(rag: Rag) -> None:
     assert await ask(rag, "quokka?", asked=False) == ("quokka?", "")
 
 
+@IN_A_FILE
 async def test_a_continuation_is_left_alone(rag: Rag) -> None:
     assert await ask(rag, "barrel", continuation=True) == ("barrel", "")
 
@@ -420,6 +479,7 @@ async def test_a_continuation_is_left_alone(rag: Rag) -> None:
     "answer",
     ["", " \n", '{"a": 1}', " [1, 2]\n", '```json\n{"a": "```"}\n```', "```\n[]\n```\n"],
 )
+@IN_A_FILE
 async def test_under_json_and_nothing_there_are_no_sources(rag: Rag, answer: str) -> None:
     for question in ("rain barrel", "quokka"):
         assert (await ask(rag, question, answer=answer))[1] == ""
@@ -429,12 +489,14 @@ async def test_under_json_and_nothing_there_are_no_sources(rag: Rag, answer: str
 @pytest.mark.parametrize(
     "own", ["Sources:\n- a.md", "**Sources:**\n\n* a\n* b\n", "Sources:\n[1] a"]
 )
+@IN_A_FILE
 async def test_a_list_of_sources_that_the_model_began_goes_on(rag: Rag, own: str) -> None:
     _, below = await ask(rag, "rain barrel", answer=f"A barrel.\n\n{own}")
 
     assert below.startswith(f"\n- {MAY} <")
 
 
+@IN_A_FILE
 async def test_earlier_sources_are_taken_out_of_the_conversation(rag: Rag) -> None:
     shown = ["A barrel." + (await ask(rag, text))[1] for text in ("barrel April", "quokka")]
     shown.append("It says:\n\nSources: none")
@@ -449,21 +511,23 @@ async def test_earlier_sources_are_taken_out_of_the_conversation(rag: Rag) -> No
 
 
 @pytest.mark.parametrize("model", ["", "brain"])
-async def test_of_copies_one_is_given(notes: Path, tmp_path: Path, model: str) -> None:
+async def test_of_copies_one_is_given(notes: Path, load: Load, model: str) -> None:
     for number in range(30):
         write(notes / f"copy{number}/minutes.md", MINUTES)
     write(notes / "other.txt", "A barrel is no cask.")
-    async with loaded(tmp_path, embed_model=model, embed_batch=1000) as rag:
+    async with load(embed_model=model, embed_batch=1000) as rag:
         text, below = await ask(rag, "rain barrel", k=5, model=Brain())
 
     assert text.count("We decided to buy a rain barrel.") == 1
     assert "- other.txt <" in below
 
 
-async def test_a_prompt_may_choose_one_of_several_folders(notes: Path, tmp_path: Path) -> None:
+async def test_a_prompt_may_choose_one_of_several_folders(
+    notes: Path, tmp_path: Path, load: Load
+) -> None:
     write(tmp_path / "home/cellar.md", "# Cellar\n\nAn old barrel of wine.")
     folders = {"work": str(notes), "home": str(tmp_path / "home")}
-    async with loaded(tmp_path, folders=folders, folder="/nowhere", embed_model="brain") as rag:
+    async with load(folders=folders, folder="/nowhere", embed_model="brain") as rag:
         brain = Brain()
         work = await sources(rag, "barrel", within="work", k=1, model=brain)
         home = await sources(rag, "barrel", within="HOME", k=1, model=brain)
@@ -477,16 +541,16 @@ async def test_a_prompt_may_choose_one_of_several_folders(notes: Path, tmp_path:
     assert {*work, *home} < set(both)
 
 
-async def test_only_the_best_passages_that_fit_are_given(notes: Path, tmp_path: Path) -> None:
+async def test_only_the_best_passages_that_fit_are_given(notes: Path, load: Load) -> None:
     for number in range(30):
         write(notes / f"{number:02}.txt", f"otter {number} {'x' * 80}")
-    async with loaded(tmp_path, max_chars=250) as rag:
+    async with load(max_chars=250) as rag:
         text, below = await ask(rag, "otter")
         assert text.count("otter ") == below.count("\n- ") == 2
         assert (await ask(rag, "baker"))[0].count("baker") == 2
-    async with loaded(tmp_path, max_chars=20) as rag:
+    async with load(max_chars=20) as rag:
         assert (await ask(rag, "baker"))[0].split("\n\n")[1] == f"[1] {KEYS}\nT"
-    async with loaded(tmp_path, max_chars=100_000) as rag:
+    async with load(max_chars=100_000) as rag:
         for k, count in ((-5, 1), (0, 1), (3, 3), (20, 20), (10**9, 20)):
             assert len(await sources(rag, "otter", k=k)) == count
 
@@ -504,7 +568,7 @@ async def test_no_question_is_a_syntax_error(rag: Rag, question: str) -> None:
     assert await sources(rag, "baker") == [KEYS]
 
 
-async def test_the_folder_is_followed(rag: Rag, notes: Path, tmp_path: Path) -> None:
+async def test_the_folder_is_followed(rag: Rag, notes: Path, load: Load) -> None:
     assert await sources(rag, "quokka") == []
     write(notes / "later/zoo.markdown", "A quokka moved in.")
     assert await sources(rag, "quokka") == ["later/zoo.markdown"]
@@ -514,33 +578,51 @@ async def test_the_folder_is_followed(rag: Rag, notes: Path, tmp_path: Path) -> 
     assert await sources(rag, "pilot") == [KEYS] and await sources(rag, "baker") == []
     shutil.rmtree(notes / "house")
     assert await sources(rag, "pilot") == []
-    ids = rows(tmp_path, "SELECT name, id FROM files")
-    async with loaded(tmp_path) as again:
+    ids = await rag.index.execute("SELECT name, id FROM files~")
+    async with load() as again:
         await ask(again, "otter")
-        assert rows(tmp_path, "SELECT name, id FROM files") == ids  # not read again
+        assert await rag.index.execute("SELECT name, id FROM files~") == ids  # not read again
         assert again.progress == f"{notes}: 2 files, 3 passages"
 
 
-async def test_two_proxies_with_two_folders_have_two_indexes(rag: Rag, tmp_path: Path) -> None:
+async def test_two_proxies_with_two_folders_have_two_indexes(
+    rag: Rag, tmp_path: Path, load: Load
+) -> None:
     write(tmp_path / "other/zoo.md", "A quokka moved in.")
-    async with loaded(tmp_path, folder=str(tmp_path / "other")) as two:
+    async with load(folder=str(tmp_path / "other")) as two:
         for _ in range(3):
             assert await sources(rag, "barrel quokka") == [MAY]
             assert await sources(two, "barrel quokka") == ["zoo.md"]
-    assert len(list((tmp_path / "data").glob("*.db"))) == 2
 
 
-async def test_while_the_folder_is_read_a_question_uses_what_there_is(
-    rag: Rag, notes: Path, tmp_path: Path
+async def test_an_index_that_no_proxy_follows_is_deleted_after_some_days(
+    notes: Path, load: Load
 ) -> None:
-    await ask(rag, "otter")
-    write(notes / "late.txt", "otter")
-    with closing(sqlite3.connect(rag.index)) as db:
-        db.execute("BEGIN IMMEDIATE")  # what writes waits until this is closed
-        async with loaded(tmp_path, wait=0.1) as late:  # setup does not wait for the folder
+    async with load(max_file=5000) as old:
+        await ask(old, "otter")
+        await old.index.execute("UPDATE work SET until = until - 8 * 86400")
+    async with load() as rag:
+        assert await sources(rag, "rain barrel") == [MAY]
+
+        assert len(await rag.index.execute("SELECT name FROM work")) == 2
+        with pytest.raises(StoreError):
+            await old.index.execute("SELECT id FROM files~")
+
+
+BUILDS = "UPDATE work SET owner = 'another proxy', until = now + 4 FROM clock"
+
+
+async def test_while_another_proxy_reads_the_folder_a_question_uses_what_there_is(
+    notes: Path, load: Load
+) -> None:
+    async with load() as rag:
+        await ask(rag, "otter")
+        write(notes / "late.txt", "otter")
+        await rag.index.execute(BUILDS)
+        async with load(wait=0.1) as late:  # setup does not wait for the folder
             found, missing = await ask(late, "rain barrel", k=1), await ask(late, "otter")
             assert late.progress == f"{notes}: 1 of 3 files are still to be read"
-            db.close()
+            await rag.index.execute("UPDATE work SET owner = ''")
             deadline = time.monotonic() + 20
             while "late.txt" not in await sources(late, "otter"):
                 assert time.monotonic() < deadline
@@ -551,9 +633,9 @@ async def test_while_the_folder_is_read_a_question_uses_what_there_is(
 
 
 async def test_a_folder_that_goes_away_is_found_as_it_was_until_it_is_back(
-    notes: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    notes: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, load: Load
 ) -> None:
-    async with loaded(tmp_path) as rag:
+    async with load() as rag:
         await ask(rag, "rain barrel")
         os.rename(notes, tmp_path / "away")
         for _ in range(3):
@@ -568,6 +650,7 @@ async def test_a_folder_that_goes_away_is_found_as_it_was_until_it_is_back(
     assert "rag" not in [thread.name for thread in threading.enumerate()]
 
 
+@IN_A_FILE
 async def test_only_visible_texts_of_the_folder_are_read(rag: Rag, notes: Path) -> None:
     write(notes.parent / "secret/plan.md", "otter")
     for name in (".hidden.md", ".git/notes.md", "otter.py", "otter.md.bak"):
@@ -581,16 +664,16 @@ async def test_only_visible_texts_of_the_folder_are_read(rag: Rag, notes: Path) 
 
 
 async def test_what_cannot_be_read_is_left_out_with_the_reason(
-    notes: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    notes: Path, load: Load, caplog: pytest.LogCaptureFixture
 ) -> None:
     write(notes / "rubbish.md", bytes(range(256)))
     write(notes / "broken.pdf", "otter")
     write(notes / "pets.txt", "Собака спит, кошка ест.".encode("cp1251"))
     write(Path(os.fsdecode(os.fsencode(notes) + b"/k\xe4se.txt")), "x" * 2000)
-    async with loaded(tmp_path, max_file=1000) as rag:
+    async with load(max_file=1000) as rag:
         await ask(rag, "otter")
         found, progress = await sources(rag, "кошка или baker"), rag.progress
-    async with loaded(tmp_path) as rag:
+    async with load() as rag:
         await ask(rag, "otter")
         assert "k\ufffdse" not in rag.progress
 
@@ -611,23 +694,25 @@ async def test_what_cannot_be_read_is_left_out_with_the_reason(
         ({"wait": 0}, "wait: 0 must be above 0"),
     ],
 )
+@IN_A_FILE
 async def test_settings_that_cannot_work_are_named(
-    notes: Path, tmp_path: Path, settings: dict[str, Any], error: str
+    notes: Path, load: Load, settings: dict[str, Any], error: str
 ) -> None:
     with pytest.raises((ValueError, FileNotFoundError), match=error):
-        async with loaded(tmp_path, **settings):
+        async with load(**settings):
             pass
 
 
+@IN_A_FILE
 async def test_the_folder_starts_at_home_or_beside_the_agent(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, load: Load
 ) -> None:
     write(tmp_path / "mine/zoo.md", "A quokka moved in.")
     monkeypatch.setenv("USERPROFILE" if os.name == "nt" else "HOME", str(tmp_path))
 
-    async with loaded(tmp_path, folder="~/mine") as rag:
+    async with load(folder="~/mine") as rag:
         assert await sources(rag, "quokka") == ["zoo.md"]
-    async with loaded(tmp_path, folder="sample") as rag:
+    async with load(folder="sample") as rag:
         found = await sources(rag, "What did we decide in May?")
         assert found[0] == "decisions.md, Decisions > Meeting of 12 May 2026"
 
@@ -645,85 +730,134 @@ def gone(file: Path) -> None:
     shutil.rmtree(file.parent)
 
 
+@IN_A_FILE
 @pytest.mark.parametrize("damage", [no_database, damaged_inside, gone])
 async def test_a_damaged_index_is_made_anew(
-    notes: Path, tmp_path: Path, damage: Callable[[Path], None]
+    notes: Path, tmp_path: Path, damage: Callable[[Path], None], load: Load
 ) -> None:
     for _ in range(2):
-        async with loaded(tmp_path) as rag:
+        async with load() as rag:
             assert await sources(rag, "rain barrel") == [MAY]
-            damage(rag.index)
+            damage(tmp_path / "data/index.db")
             assert await sources(rag, "rain barrel") == [MAY]
-            damage(rag.index)
+            damage(tmp_path / "data/index.db")
 
 
-@pytest.mark.parametrize(
-    ("code", "error"),
-    [(code, Damaged) for code in ("CORRUPT_VTAB", "NOTADB", "IOERR_SHORT_READ")]
-    + [(code, sqlite3.OperationalError) for code in ("BUSY_SNAPSHOT", "FULL", "READONLY")],
-)
-def test_only_for_damage_the_index_is_removed(
-    tmp_path: Path, code: str, error: type[Exception]
+async def test_proxies_with_one_store_read_a_folder_once_and_find_the_same(
+    notes: Path, load: Load
 ) -> None:
-    raised = sqlite3.OperationalError()
-    raised.sqlite_errorcode = getattr(sqlite3, f"SQLITE_{code}")
-
-    with pytest.raises(error), opened(tmp_path / "index.db"):
-        raise raised
-    assert (tmp_path / "index.db").exists() is (error is not Damaged)
-
-
-async def test_requests_at_once_find_the_same(rag: Rag, notes: Path, tmp_path: Path) -> None:
-    """Two agents stand for two processes: they share nothing but the files."""
-    async with loaded(tmp_path) as two:
-        assert [await sources(it, "barrel") for it in (rag, two)] == [[MAY], [MAY]]
+    async with load() as one, load() as two:
+        assert [await sources(it, "barrel") for it in (one, two)] == [[MAY], [MAY]]
         for number in range(50):
             write(notes / f"{number}.txt", f"otter {number}")
-        rag.index.unlink()
-        found = await asyncio.gather(*(sources(it, "otter 42", k=1) for it in (rag, two) * 4))
+        found = await asyncio.gather(*(sources(it, "otter 42", k=1) for it in (one, two) * 4))
+        ids = await two.index.execute("SELECT count(*), max(id) FROM files~")
 
     assert found == [["42.txt"]] * 8
+    assert ids == [(52, 52)]
+
+
+async def test_copies_of_a_folder_on_several_machines_are_no_changes(
+    notes: Path, load: Load
+) -> None:
+    async with load() as one, load() as two:
+        await ask(one, "otter")
+        for rag in (two, one):
+            for file in (notes / "minutes.md", notes / KEYS):
+                write(file, file.read_bytes())  # the same at another time
+            assert await sources(rag, "rain barrel") == [MAY]
+            assert await rag.index.execute("SELECT max(id) FROM files~") == [(2,)]
 
 
 INDEXING = """
-import sys, time
+import asyncio, sys
 from pathlib import Path
+from kernel.postgres import Postgres
+from kernel.sqlite import SQLite
 from plugins.rag_agent.follower import Follower
+from plugins.rag_agent.index import SCHEMA, Index
 
-file, folder = map(Path, sys.argv[1:])
-Follower(file, {"": folder}, 10**7)
-time.sleep(60)
+async def main(where, name, folder):
+    url = where.startswith("postgresql:")
+    store = Postgres(where).store("rag", SCHEMA) if url else SQLite("rag", Path(where), SCHEMA)
+    Follower(Index(store, name), {"": Path(folder)}, 10**7)
+    await asyncio.Event().wait()
+
+asyncio.run(main(*sys.argv[1:]))
 """
 
 
-async def test_a_process_that_is_killed_in_the_middle_leaves_an_index_that_heals(
-    notes: Path, tmp_path: Path
+async def test_when_the_proxy_that_reads_a_folder_is_killed_another_one_goes_on(
+    notes: Path, load: Load, where: str
 ) -> None:
-    for number in range(400):
+    async with load() as rag:
+        await ask(rag, "otter")  # the tables are there
+    for number in range(200):
         write(notes / f"{number:03}.txt", "\n\n".join([f"otter{number} {'swims ' * 120}"] * 9))
-    async with loaded(tmp_path) as rag:
-        file = rag.index
-    gone(file)
-    kill_while_indexing(file, notes)
-    (some,) = rows(tmp_path, "SELECT count(*) FROM files")[0]
-    whole = rows(tmp_path, "PRAGMA integrity_check")
-    async with loaded(tmp_path) as rag:
-        found = [await sources(rag, f"otter{number}", k=1) for number in (100, 200, 399)]
+    command = [sys.executable, "-c", INDEXING, where, rag.index.name, str(notes)]
+    process = await asyncio.create_subprocess_exec(*command, cwd=FOLDER.parents[1])
+    try:
+        await some_are_read(rag.index, 20)
+        async with load(wait=0.1) as other:
+            assert await sources(other, "otter1", k=1) == ["001.txt"]
+            process.kill()
+            before = await some_are_read(rag.index, 21)
+            await some_are_read(rag.index, 202)
+            await other.follower.catch_up(20)
+            found = [await sources(other, f"otter{n}", k=1) for n in (100, 150, 199)]
+    finally:
+        with suppress(ProcessLookupError):
+            process.kill()
+        await process.wait()
 
-    assert 0 < some < 402 and whole == [("ok",)]
-    assert found == [["100.txt"], ["200.txt"], ["399.txt"]]
+    assert before < 202 and found == [["100.txt"], ["150.txt"], ["199.txt"]]
+    ((last,),) = await rag.index.execute("SELECT max(id) FROM files~")
+    assert last <= 203  # each was read once, but for the one that was being read
 
 
-def kill_while_indexing(file: Path, folder: Path) -> None:
-    """Index a folder in another process, and kill that as soon as some files are there."""
-    command = [sys.executable, "-c", INDEXING, str(file), str(folder)]
-    with subprocess.Popen(command, cwd=FOLDER.parents[1]) as process:
-        deadline = time.monotonic() + 30
-        while time.monotonic() < deadline and process.poll() is None:
-            with suppress(sqlite3.Error), closing(sqlite3.connect(file)) as db:
-                if db.execute("SELECT count(*) FROM files").fetchone()[0] > 20:
-                    break
-        process.kill()
+async def some_are_read(index: Index, least: int) -> int:
+    """Wait until so many files are in an index; return how many are."""
+    async with asyncio.timeout(60):
+        while True:
+            ((count,),) = await index.execute("SELECT count(*) FROM files~")
+            if count >= least:
+                return int(count)
+
+
+@IN_POSTGRESQL
+async def test_a_database_that_goes_away_is_found_again(
+    notes: Path, load: Load, postgres: Cluster, caplog: pytest.LogCaptureFixture
+) -> None:
+    async with load() as rag:
+        assert await sources(rag, "rain barrel") == [MAY]
+        postgres.stop()
+        try:
+            for _ in range(2):
+                with pytest.raises(StoreError):
+                    await ask(rag, "rain barrel")
+            assert "not followed" in rag.progress
+        finally:
+            postgres.start()
+        write(notes / "zoo.md", "A quokka moved in.")
+
+        assert await sources(rag, "quokka") == ["zoo.md"]
+    assert caplog.text.count("folder is not followed") == 1
+    assert "quokka" not in caplog.text and "barrel" not in caplog.text
+
+
+@IN_POSTGRESQL
+async def test_from_a_database_that_only_reads_a_question_gets_what_is_there(
+    notes: Path, load: Load, postgres: Cluster, where: str
+) -> None:
+    async with load(embed_model="brain") as rag:
+        await ask(rag, "cask", model=Brain())
+    name = where.rpartition("/")[2]
+    postgres.execute(f"ALTER DATABASE {name} SET default_transaction_read_only = on")
+    write(notes / "zoo.md", "A quokka moved in.")
+    async with load(embed_model="brain") as rag:
+        assert await sources(rag, "cask", k=1, model=Brain()) == [MAY]
+        assert (await ask(rag, "quokka", model=Brain(), k=1))[1].endswith("still being read.)")
+        assert "not followed" in rag.progress
 
 
 class Brain:
@@ -756,9 +890,9 @@ class Brain:
 
 
 @pytest.fixture
-async def meaning(notes: Path, tmp_path: Path) -> AsyncIterator[Rag]:
+async def meaning(notes: Path, load: Load) -> AsyncIterator[Rag]:
     """The agent with an embedding model."""
-    async with loaded(tmp_path, embed_model="brain") as rag:
+    async with load(embed_model="brain") as rag:
         yield rag
 
 
@@ -768,14 +902,15 @@ async def all_embedded(rag: Rag, brain: Brain) -> None:
 
 
 async def test_with_an_embedding_model_other_words_of_that_meaning_are_found(
-    notes: Path, tmp_path: Path
+    notes: Path, load: Load
 ) -> None:
     brain = Brain()
     for _ in range(2):
-        async with loaded(tmp_path, embed_model="brain") as rag:
+        async with load(embed_model="brain") as rag:
             assert await sources(rag, "cask", k=1, model=brain) == [MAY]
             assert rag.progress == f"{notes}: 2 files, 3 passages; 3 of 3 passages have vectors"
-    stored = [array("f", data) for (data,) in rows(tmp_path, "SELECT vector FROM vectors")]
+    found = await rag.index.execute("SELECT vector FROM vectors~")
+    stored = [array("f", data) for (data,) in found]
 
     assert f"{MAY}\nWe decided to buy a rain barrel." in brain.asked[0]
     assert [len(texts) for texts in brain.asked] == [3, 1, 1]  # a passage once
@@ -792,14 +927,12 @@ async def test_only_what_changed_is_embedded_again(
 
     assert await sources(meaning, "physician", model=brain) == [KEYS]
     assert [len(texts) for texts in brain.asked] == [3, 1, 1, 1]
-    assert rows(tmp_path, "SELECT count(*) FROM vectors") == [(1,)]
+    assert await meaning.index.execute("SELECT count(*) FROM vectors~") == [(1,)]
 
 
-async def test_until_most_passages_have_vectors_words_alone_decide(
-    notes: Path, tmp_path: Path
-) -> None:
+async def test_until_most_passages_have_vectors_words_alone_decide(notes: Path, load: Load) -> None:
     brain = Brain()
-    async with loaded(tmp_path, embed_model="brain", embed_batch=2) as rag:
+    async with load(embed_model="brain", embed_batch=2) as rag:
         first = await ask(rag, "cask", model=brain)  # three are missing: not waited for
         await all_embedded(rag, brain)
 
@@ -810,6 +943,7 @@ async def test_until_most_passages_have_vectors_words_alone_decide(
 @pytest.mark.parametrize(
     "nonsense", [OSError("down"), [], [math.nan] * 8, [None] * 8, ["a"], None, 7, {}]
 )
+@IN_A_FILE
 async def test_a_model_that_fails_costs_nothing_but_meaning(
     meaning: Rag, caplog: pytest.LogCaptureFixture, nonsense: Any
 ) -> None:
@@ -830,24 +964,25 @@ async def test_vectors_of_several_lengths_or_too_few_are_none(meaning: Rag, tmp_
     assert await sources(meaning, "barrel", model=brain) == [MAY]
     brain.embed, brain.most = brain.meaning, 2
     assert await sources(meaning, "barrel", model=brain) == [MAY]
-    assert rows(tmp_path, "SELECT count(*) FROM vectors") == [(0,)]
+    assert await meaning.index.execute("SELECT count(*) FROM vectors~") == [(0,)]
 
 
+@IN_A_FILE
 async def test_one_passage_that_the_model_cannot_read_does_not_stop_the_others(
-    notes: Path, tmp_path: Path
+    notes: Path, load: Load
 ) -> None:
     for number in range(20):
         write(notes / f"{number}.txt", f"{'doctor ' * 9} {number}")
     brain = Brain()
     brain.embed = lambda text: [math.nan] if "baker" in text else brain.meaning(text)
-    async with loaded(tmp_path, embed_model="brain", embed_batch=1) as rag:
+    async with load(embed_model="brain", embed_batch=1) as rag:
         for _ in range(2):  # each time until one fails
             await ask(rag, "cask", model=brain)
             await all_embedded(rag, brain)
 
         assert rag.progress.endswith("22 of 23 passages have vectors")
         assert await sources(rag, "cask", k=1, model=brain) == [MAY]
-        assert rows(tmp_path, "SELECT count(*) FROM vectors") == [(22,)]
+        assert await rag.index.execute("SELECT count(*) FROM vectors~") == [(22,)]
 
 
 async def test_vectors_of_another_length_take_the_place_of_the_first(
@@ -859,53 +994,72 @@ async def test_vectors_of_another_length_take_the_place_of_the_first(
 
     assert (await ask(meaning, "cask", k=1, model=brain))[1] == NOT_FOUND
     assert await sources(meaning, "cask", k=1, model=brain) == [MAY]
-    assert rows(tmp_path, "SELECT DISTINCT length(vector) FROM vectors") == [(64,)]
+    assert await meaning.index.execute("SELECT DISTINCT length(vector) FROM vectors~") == [(64,)]
 
 
-def test_a_vector_that_comes_too_late_belongs_to_no_passage(tmp_path: Path) -> None:
-    vectors = Vectors(tmp_path / "index.db", "brain", 1)
-    with opened(tmp_path / "index.db") as db:
-        put(db, FILE, [("", "otter")])
-        ((late,),) = db.execute("SELECT id FROM passages").fetchall()
-        put(db, FILE, [("", "yak")])
-    vectors.store([late], [normalised([1.0, 2.0])])
-
-    assert vectors.count() == (1, 0, None)
+ROW = ("otter", "otter", "", "otter")  # title, body, headings, text
+FILE = (b"a", "a", "", "", "", "")  # path, name, stamp, digest, guess, problem
 
 
-async def test_the_end_of_the_proxy_does_not_wait_for_vectors(notes: Path, tmp_path: Path) -> None:
+@pytest.fixture
+async def index(open_store: Open) -> Index:
+    index = Index(open_store(), "test")
+    await index.known()
+    return index
+
+
+async def test_a_vector_that_comes_too_late_belongs_to_no_passage(index: Index) -> None:
+    vectors = Vectors(index, "brain", 1)
+    await index.put(FILE, [ROW], 1)
+    ((late,),) = await index.execute("SELECT id FROM passages~")
+    await index.put(FILE, [ROW], 1)
+    await vectors.store([late], [normalised([1.0, 2.0])])
+
+    assert await vectors.count() == (1, 0, None)
+
+
+@IN_A_FILE
+async def test_the_end_of_the_proxy_does_not_wait_for_vectors(notes: Path, load: Load) -> None:
     arrived = asyncio.Event()
 
     async def forever(path: str, body: Payload) -> None:
         arrived.set()
         await asyncio.Event().wait()
 
-    async with asyncio.timeout(5), loaded(tmp_path, embed_model="brain", embed_batch=1) as rag:
+    async with asyncio.timeout(5), load(embed_model="brain", embed_batch=1) as rag:
         await ask(rag, "cask", model=forever)
         await arrived.wait()
 
 
-def test_of_many_vectors_the_nearest_are_found(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("where", "extension"),
+    [("sqlite", False), ("postgresql", False), ("postgresql", True)],
+    indirect=["where"],
+)
+async def test_of_many_vectors_the_nearest_are_found(index: Index, extension: bool) -> None:
     """The codes leave out most vectors: the nearest must not be among those."""
     rng = random.Random(7)
-    vectors = Vectors(tmp_path / "index.db", "random", 1)
+    vectors = Vectors(index, "random", 1)
     middle = [[rng.gauss(0, 1) for _ in range(96)] for _ in range(30)]
 
-    def near_one() -> Sequence[float]:
+    def near_one() -> array[float]:
         return normalised([x + rng.gauss(0, 1) for x in rng.choice(middle)])
 
     many = [near_one() for _ in range(2000)]
-    with opened(tmp_path / "index.db") as db:
-        put(db, FILE, [("", "otter")] * len(many))
-        ids = [row for (row,) in db.execute("SELECT id FROM passages")]
-    vectors.store(ids, [array("f", vector) for vector in many])
+    await index.put(FILE, [ROW] * len(many), len(many))
+    ids = [row for (row,) in await index.execute("SELECT id FROM passages~ ORDER BY id")]
+    await vectors.store(ids, many)
+    if extension:
+        await vectors.hasten()
+        if not (await index.execute(HAS_INDEX, index.sql("near~")))[0][0]:
+            pytest.skip("there is no pgvector here")
     hits = 0
-    with opened(tmp_path / "index.db") as db:
-        for _ in range(20):
-            asked = near_one()
-            scores = [sum(map(operator.mul, asked, other)) for other in many]
-            best = sorted(range(len(many)), key=scores.__getitem__, reverse=True)[:5]
-            near = vectors.near(db, array("f", asked))[:5]
-            hits += len({ids[place] for place in best} & set(near))
+    for _ in range(20):
+        asked = near_one()
+        scores = [sum(map(operator.mul, asked, other)) for other in many]
+        best = sorted(range(len(many)), key=scores.__getitem__, reverse=True)[:5]
+        async with index.transaction() as execute:
+            near = (await vectors.near(execute, asked))[:5]
+        hits += len({ids[place] for place in best} & set(near))
 
     assert hits >= 90  # of 100
