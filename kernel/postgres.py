@@ -139,6 +139,8 @@ class PostgresStore(Store):
         async with self.database.transaction(self.begin) as db:
             if await self._pending(db):
                 await db.execute(LOCK, self.name)
+                # What another proxy made meanwhile is not in this connection's cache: look again
+                await db.execute("SELECT FROM pg_namespace LIMIT 0")
                 await db.execute(f"CREATE SCHEMA IF NOT EXISTS {self.name}")
                 await db.execute(MIGRATIONS)
                 for number, statement in await self._pending(db):

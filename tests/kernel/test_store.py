@@ -300,6 +300,17 @@ async def test_an_error_that_an_agent_ignores_keeps_nothing_silently(database: s
                     await db.execute(PUT, "a", 1)
 
 
+async def test_connections_that_are_open_make_the_tables_once(database: str) -> None:
+    """They remember that there was no schema of that name."""
+    server = Postgres(database)
+    await asyncio.gather(*(server.check() for _ in range(2 * PLACES)))
+    for name in "abcdef":
+        store = server.store(name, Schema(postgresql=[TABLE]))
+        found = await asyncio.gather(*(store.execute(ALL) for _ in range(PLACES)))
+        assert found == [[]] * PLACES
+    await server.close()
+
+
 async def test_agents_do_not_see_each_others_tables(database: str) -> None:
     server = Postgres(database)
     one, other = (server.store(name, Schema(postgresql=[TABLE])) for name in ("one", "an-other"))
