@@ -38,6 +38,17 @@ CODING = {  # clients that one types, by the packages that bring them
     "codex": "@openai/codex",
     "cn": "@continuedev/cli",
 }
+# Agents of which one changes what is asked, and one what is answered
+CLOCK = """
+class Clock(BaseAgent):
+    async def on_request(self, payload):
+        return add_context(payload, f"typed: {self.context.prompt!r}")
+"""
+UP = """
+class Up(BaseAgent):
+    async def on_response(self, response):
+        return response.upper()
+"""
 CHATS = ["/api/chat", "/v1/chat/completions"]
 MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "tiny": ("tiny.gguf", {"parameters": PARAMETERS}),

@@ -9,18 +9,9 @@ from pathlib import Path
 
 import pytest
 
+from tests.integration.conftest import CLOCK, UP
 from tests.support import running, write_agent
 
-CLOCK = """
-class Clock(BaseAgent):
-    async def on_request(self, payload):
-        return add_context(payload, f"typed: {self.context.prompt!r}")
-"""
-UP = """
-class Up(BaseAgent):
-    async def on_response(self, response):
-        return response.upper()
-"""
 CODEX = """
 model = "demo"
 model_provider = "osp"

@@ -19,23 +19,13 @@ from pathlib import Path
 import pytest
 
 import demo
-from tests.integration.conftest import HERE, INSTALL, free_port, proxy, wait_for
+from tests.integration.conftest import CLOCK, HERE, INSTALL, UP, free_port, proxy, wait_for
 from tests.integration.conftest import running as started
 from tests.support import running, turn, write_agent
 
 FREE, KIDS, WRONG = "osp-free-0123456789", "osp-kids-0123456789", "osp-none-0123456789"
 KEYS = {"free": {"key": FREE}, "kids": {"key": KIDS, "models": ["notes"], "agents": ["up"]}}
 PRESETS = {"notes": {"model": "demo", "agents": "/clock"}}
-CLOCK = """
-class Clock(BaseAgent):
-    async def on_request(self, payload):
-        return add_context(payload, f"typed: {self.context.prompt!r}")
-"""
-UP = """
-class Up(BaseAgent):
-    async def on_response(self, response):
-        return response.upper()
-"""
 QUESTIONS = {  # key, model, prompt; and what the answer says or, behind a !, the error
     "free": (FREE, "demo", " /clock who?", "typed: 'who?'"),
     "limited": (KIDS, "notes", " /up who?", "TYPED: 'WHO?'"),
