@@ -30,7 +30,6 @@ import json
 import logging
 import math
 import os
-import secrets
 import signal
 from argparse import ArgumentParser, Namespace
 from collections.abc import AsyncIterator, Mapping, Sequence
@@ -46,9 +45,9 @@ from starlette.types import ASGIApp
 
 import demo
 from kernel import log
-from kernel.access import Access, is_loopback
+from kernel.access import Access, fresh_key, is_loopback
 from kernel.client import OllamaClient
-from kernel.config import HOME, KEY_NAME, KEY_NAMED, Config, load, parse_upstream, places, resolved
+from kernel.config import HOME, Config, UpstreamConfig, load, parse_upstream, places, resolved
 from kernel.errors import ConfigError, StoreError, UpstreamConnectionError, UpstreamError
 from kernel.foreign import cure
 from kernel.guards import Guards
@@ -93,6 +92,12 @@ def create_registry(config: Config, environ: Mapping[str, str]) -> PluginRegistr
     return registry
 
 
+def client_of(upstream: UpstreamConfig, queue: FairQueue | None = None) -> OllamaClient:
+    """Return what asks the upstream of these settings."""
+    address, credentials = parse_upstream(upstream.url), upstream.authorization
+    return OllamaClient(address, upstream.connect_timeout, queue=queue, credentials=credentials)
+
+
 def create_app(
     config: Config,
     registry: PluginRegistry | None = None,
@@ -105,11 +110,10 @@ def create_app(
     `loopback` says that only this machine can connect; `write` writes the line of each request.
     To remove a slice, or the metrics, traces, presets or access rules, delete their lines here.
     """
-    upstream = config.upstream
+    parallel = config.upstream.parallel
     collector = Metrics()
-    queue = FairQueue(upstream.parallel, collector) if upstream.parallel else None
-    address, credentials = parse_upstream(upstream.url), upstream.authorization
-    client = OllamaClient(address, upstream.connect_timeout, queue=queue, credentials=credentials)
+    queue = FairQueue(parallel, collector) if parallel else None
+    client = client_of(config.upstream, queue)
     registry = registry or create_registry(config, {})
     kept = Traces(config.page, client)
     presets = Presets(config.presets, config.server.data)
@@ -215,9 +219,16 @@ def parse_flags() -> Namespace:
     return parser.parse_args()
 
 
-def check_health(config: Config, flags: Namespace) -> None:
+def settings_of(flags: Namespace) -> Config:
+    """Return the settings of file, environment and flags. Raises ConfigError."""
+    given = {"--host": flags.host, "--port": flags.port, "--upstream": flags.upstream}
+    return load(flags.config, os.environ, given)
+
+
+def check_health(flags: Namespace) -> None:
     """Ask the proxy that runs with these settings how it is. Raises UpstreamError."""
-    proxy = replace(parse_upstream(config.server.host), port=config.server.port)
+    server = settings_of(flags).server
+    proxy = replace(parse_upstream(server.host), port=server.port)
     path = "/health?live" if flags.live else "/health"
 
     async def ask() -> None:
@@ -230,22 +241,21 @@ def check_health(config: Config, flags: Namespace) -> None:
         raise UpstreamError(f"no proxy answers at {proxy.url}; see server.host and port") from exc
 
 
-def print_key(config: Config, flags: Namespace) -> None:
-    """Print a fresh key and what to do with it. Raises ConfigError for a name that cannot be."""
-    if not KEY_NAME.fullmatch(flags.name):
-        raise ConfigError(f"{flags.name!r} is no name: {KEY_NAMED}")
-    sys.stdout.write(f'[keys.{flags.name}]\nkey = "osp-{secrets.token_urlsafe(24)}"\n')
+def print_key(flags: Namespace) -> None:
+    """Print a fresh key and the lines for osp.toml. Raises ConfigError for a wrong name."""
+    sys.stdout.write(fresh_key(flags.name))
 
 
-def list_presets(config: Config, flags: Namespace) -> None:
+def list_presets(flags: Namespace) -> None:
     """Print the state of each preset; with --prune remove what OSP made and no longer keeps.
 
     Raises UpstreamError, and ConfigError where --yes is missing and nobody can be asked.
     """
-    presets, to = Presets(config.presets, config.server.data), parse_upstream(config.upstream.url)
+    config = settings_of(flags)
+    presets, upstream = Presets(config.presets, config.server.data), config.upstream
 
     async def ask(removed: Sequence[str] = ()) -> dict[str, str]:
-        async with OllamaClient(to, config.upstream.connect_timeout) as client:
+        async with client_of(upstream) as client:
             await presets.remove(client, removed)
             return await presets.states(client)
 
@@ -273,11 +283,10 @@ def run(sockets: list[socket] | None) -> None:
     Raises ConfigError, and UpstreamError where a command asks in vain.
     """
     flags = parse_flags()
-    given = {"--host": flags.host, "--port": flags.port, "--upstream": flags.upstream}
-    config = load(flags.config, os.environ, given)
     if flags.command:
-        flags.command(config, flags)
+        flags.command(flags)
         return
+    config = settings_of(flags)
     journal = os.environ.get("JOURNAL_STREAM", "")
     write = log.configure(config.log.level, config.log.format, journal)
     listeners = sockets or inherited(os.environ) or [listen(config.server.host, config.server.port)]

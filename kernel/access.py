@@ -13,6 +13,7 @@ import hmac
 import ipaddress
 import posixpath
 import re
+import secrets
 import socket
 from base64 import b64decode
 from collections.abc import Awaitable, Collection, Mapping
@@ -23,8 +24,8 @@ from urllib.parse import unquote
 
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from kernel.config import AccessConfig, Key
-from kernel.errors import NotAllowed
+from kernel.config import KEY_NAME, KEY_NAMED, AccessConfig, Key
+from kernel.errors import ConfigError, NotAllowed
 from kernel.log import SECRETS, RequestInfo, info
 from kernel.models import matches
 from kernel.relay import refuse, respond
@@ -177,6 +178,13 @@ def may_use(known: RequestInfo, agent: str) -> bool:
     """Tell whether the key may ask for an agent."""
     allowed = known.key.agents
     return not allowed or any(fnmatchcase(agent, pattern.lower()) for pattern in allowed)
+
+
+def fresh_key(name: str) -> str:
+    """Return the lines for osp.toml with a key that nobody has. Raises ConfigError for its name."""
+    if not KEY_NAME.fullmatch(name):
+        raise ConfigError(f"{name!r} is no name: {KEY_NAMED}")
+    return f'[keys.{name}]\nkey = "osp-{secrets.token_urlsafe(24)}"\n'
 
 
 def is_operator(scope: Scope) -> bool:

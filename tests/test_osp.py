@@ -348,10 +348,14 @@ async def test_it_tells_its_version() -> None:
 
 
 async def test_a_fresh_key_comes_with_the_lines_for_osp_toml(tmp_path: Path) -> None:
-    (status, lines, _), (_, others, _) = await told("key", "laptop"), await told("key", "laptop")
-    (tmp_path / "osp.toml").write_text(lines, encoding="utf-8")
+    """Also where the settings name keys that this shell does not have."""
+    file = tmp_path / "osp.toml"
+    file.write_text('[keys.a]\nkey = "$OSP_KEY_A"\n', encoding="utf-8")
+    made = [await told("--config", str(file), "key", "laptop") for _ in range(2)]
+    (status, lines, _), (_, others, _) = made
+    file.write_text(lines, encoding="utf-8")
 
-    key = load(tmp_path / "osp.toml", {}, {}).keys["laptop"].key
+    key = load(file, {}, {}).keys["laptop"].key
     assert status == 0 and len(key) > 30 and key not in others
     for name in ("my laptop", "ä", "a.b", ""):
         assert (await told("key", name))[::2] == (
