@@ -37,6 +37,8 @@ class Protocol(asyncio.Protocol):
 
     transport: Any  # uvloop's is no asyncio.Transport
 
+    _idle_check: asyncio.TimerHandle
+
     def __init__(self, config: Any, server_state: Any, app_state: Any, _loop: Any = None) -> None:
         self.app = config.loaded_app
         self.loop = asyncio.get_running_loop()
@@ -72,7 +74,8 @@ class Protocol(asyncio.Protocol):
         Go cancels the request then: a client that has left looks like one that has only said all.
         """
         self._ended = True
-        self.loop.call_later(GRACE, lambda: self.cycle and self.transport.abort())
+        if self.cycle:
+            self.loop.call_later(GRACE, lambda: self.cycle and self.transport.abort())
         return self.cycle is not None and self.cycle.body.done
 
     def pause_writing(self) -> None:
@@ -165,7 +168,8 @@ class Protocol(asyncio.Protocol):
         """
         self.keep_alive = False
         if not self.cycle:
-            self.loop.call_at(self._idle_since + GRACE, self._close_if_idle)
+            self._idle_check.cancel()
+            self._idle_check = self.loop.call_at(self._idle_since + GRACE, self._close_if_idle)
 
     def _close_if_idle(self) -> None:
         if not (self.cycle or self._pending):

@@ -236,10 +236,13 @@ PLAIN = '{"level": "info", "event": "request", "path": "/"}'
 @pytest.fixture
 def restored() -> Iterator[None]:
     """Put back how everything is logged."""
-    root = logging.getLogger()
-    before, level = root.handlers[:], root.level
+    root, names = logging.getLogger(), ("osp", "kernel", "slices", "plugins")
+    loggers = [root, *map(logging.getLogger, names)]
+    before, levels = root.handlers[:], [logger.level for logger in loggers]
     yield
-    root.handlers[:], root.level = before, level
+    root.handlers[:] = before
+    for logger, level in zip(loggers, levels, strict=True):
+        logger.setLevel(level)
 
 
 @pytest.mark.parametrize("style", ["text", "json"])
