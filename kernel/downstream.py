@@ -36,7 +36,6 @@ class Protocol(asyncio.Protocol):
     """One connection of a client."""
 
     transport: Any  # uvloop's is no asyncio.Transport
-
     _idle_check: asyncio.TimerHandle
 
     def __init__(self, config: Any, server_state: Any, app_state: Any, _loop: Any = None) -> None:
