@@ -13,7 +13,7 @@ import pytest
 
 from kernel.config import HOME
 
-LIMIT = 6084  # code lines of osp.py, kernel/ and slices/; 2,700 is the aim
+LIMIT = 6086  # code lines of osp.py, kernel/ and slices/; 2,700 is the aim
 LARGEST = 250  # code lines of one file, but for slices/chat.py
 NO_CODE = {
     tokenize.COMMENT,

@@ -57,7 +57,8 @@ class Completions(SSE):
             return False
         changed = state.continues(chunk, ("id", "created"))
         delta = self.choice(chunk).get("delta")
-        if delta and not state.frames:  # the first one alone says the role
+        ours = state.round or state.last is None  # else the first text that Ollama sent
+        if delta and ours and not state.frames:  # the first one alone says the role
             changed = changed or "role" not in delta
             delta.setdefault("role", "assistant")
         elif delta and changed:
