@@ -46,7 +46,7 @@ def test_a_run_measures_each_server_and_names_those_that_fail(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     file = tmp_path / "result.json"
-    only = "osp,relay,tree,gone,pass,piece,command,latency,slow,start"
+    only = "osp,naive,relay,tree,gone,pass,piece,command,latency,slow,start"
     short = ["--rounds", "1", "--seconds", "0.1", "--streams", "9", "--slow", "9"]
     other = ["--against", f"tree={HOME}", "--against", "gone=http://127.0.0.1:1"]
 
@@ -57,5 +57,7 @@ def test_a_run_measures_each_server_and_names_those_that_fail(
     both = {label for label, row in rows.items() if {"osp", "tree"} <= row.keys()}
     assert both == rows.keys() and len(rows) == 14
     assert all(row["osp"]["0"] > 0 for label, row in rows.items() if "per second" in label)
-    assert "relay" in rows["pass-through, 160 B: CPU us"] and note.startswith("gone: ")
+    cpu = rows["pass-through, 160 B: CPU us"]
+    assert 3 * cpu["osp"]["0"] < cpu["naive"]["0"]
+    assert "relay" in cpu and note.startswith("gone: ")
     assert "osp/tree" in capsys.readouterr().out

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -52,6 +53,7 @@ think = false
 keep_alive = "2h"
 options = { num_ctx = 256, num_predict = 4 }
 """
+MOST = 2000  # bytes that a preset takes at Ollama
 HELLO = [{"role": "user", "content": "hello"}]
 ENDPOINTS: list[tuple[str, dict[str, Any], list[str]]] = [
     ("/api/chat", {"messages": HELLO}, ["prompt_eval_count"]),
@@ -124,6 +126,19 @@ def test_presets_with_equal_options_share_one_runner_in_every_endpoint(
             http.post(presets + path, json=asked).raise_for_status()
 
     assert (home / "ollama.log").read_text(encoding="utf-8").count("--ctx-size 512") == 1
+
+
+@pytest.mark.parametrize(("preset", "base"), [("briefed", "tiny-tools"), ("signed", "tiny")])
+def test_a_preset_takes_no_copy_of_the_weights(
+    presets: str, home: Path, preset: str, base: str
+) -> None:
+    files = [next((home / "models").glob(f"manifests/**/{name}/latest")) for name in (preset, base)]
+    own, kept = [json.loads(file.read_bytes()) for file in files]
+    shared = [layer["digest"] for layer in kept["layers"]]
+    new = [layer for layer in [own["config"], *own["layers"]] if layer["digest"] not in shared]
+
+    assert sum(layer["size"] for layer in new) + files[0].stat().st_size < MOST
+    assert max(layer["size"] for layer in own["layers"]) > 100 * MOST
 
 
 def test_lists_and_details_have_a_preset_like_any_model(presets: str, http: httpx.Client) -> None:
