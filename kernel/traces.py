@@ -22,7 +22,7 @@ from kernel.client import OllamaClient
 from kernel.config import PageConfig
 from kernel.dialects.every import DIALECTS
 from kernel.errors import BrokenAnswer, Stopped, UpstreamError
-from kernel.log import WAITING, Headers, RequestInfo
+from kernel.log import WAITING, RequestInfo
 from kernel.models import canonical
 
 logger = logging.getLogger(__name__)
@@ -33,7 +33,6 @@ STREAMS = (b"application/x-ndjson", b"text/event-stream")
 BY_PATH = {dialect.path: dialect for dialect in DIALECTS}
 LOOK = 1.0  # seconds: at most so often, and so long, Ollama is asked how large contexts are
 UNKNOWN = 2**62  # a context's size in an older Ollama
-NONE: Headers = []
 FULL = "the prompt filled the model's whole context, and its beginning was cut off"
 CURE = "a preset with options = { num_ctx = ... } makes it larger"
 
@@ -124,7 +123,7 @@ class Traces:
             return
         known.task, known.ended = None, time.time()
         known.client, known.asked = client_of(known)
-        known.headers = known.answered = NONE
+        known.headers = known.answered = []
         known.noted = {}
         self.latest.append(known)
         if not known.tokens[0]:

@@ -19,6 +19,7 @@ from collections.abc import Iterator
 from dataclasses import fields
 from graphlib import CycleError, TopologicalSorter
 from importlib.util import resolve_name
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -40,9 +41,10 @@ ALLOWED = {  # what each part may import of these
 }
 ADVICE = {
     "plugins": "of this project a plugin imports only kernel.agent, and its own files with a dot"
-    " before them; what it lacks belongs into the contract, kernel/agent.py",
-    "slices": "a slice imports only kernel; write the few lines again, and at the third use move"
-    " them to kernel/",
+    " before them; it asks the model through self.context, and what is missing there belongs into"
+    " the contract, kernel/agent.py",
+    "slices": "a slice imports only kernel, so that every other slice can be deleted; write the few"
+    " lines again, and at the third use move them to kernel/",
     "kernel": "the kernel imports only the kernel; let osp.py hand over what is needed, as an"
     " argument",
     "demo": "demo.py imports nothing of this project: it stands for a server that knows nothing of"
@@ -51,29 +53,62 @@ ADVICE = {
     "testkit": "testkit.py is for authors of agents, who have no tests/ and no bench/",
     "httpx": "httpx is for agents and tests: ask OllamaClient instead",
 }
-ONLY_OSP = "only osp.py and testkit.py read the environment: take a value as an argument"
+ENVIRON = (
+    "reads the environment, which only osp.py and testkit.py do: make it a setting (in"
+    " kernel/config.py, or one of the agent), and take its value as an argument"
+)
+CIRCLE = (
+    "a circle, in which no module can be used without the others: let the one that should know less"
+    " take values as arguments, or move what both need into a module below them"
+)
+GLOBAL = "is a global, which two proxies in one process would share: make it in {}"
+MAKERS = {
+    "plugins": "setup(), as an attribute of self",
+    "slices": "routes(...), and hand it over as an argument",
+}
+IDEAS = (
+    "{1} is a second idea beside {0}, for neither names the other: give it a file of its own in"
+    " slices/, and its line in osp.py"
+)
+FUNCTION = ast.FunctionDef | ast.AsyncFunctionDef
+DEFINITION = FUNCTION | ast.ClassDef
+EMPTY = {"[]", "{}", "dict()", "list()", "set()"}  # there to be filled
+STATE = EMPTY | set(  # and what is there to be changed
+    "ContextVar Counter Event Lock OrderedDict Queue RLock Semaphore WeakKeyDictionary"
+    " WeakValueDictionary count defaultdict deque local".split()
+)
+CHANGES = set(
+    "acquire add append appendleft clear discard extend insert move_to_end pop popitem popleft"
+    " put_nowait remove reverse set setdefault sort subtract update".split()
+)
 
 
 def complaints(tree: Path) -> list[str]:
     """Return what breaks a rule, each as `file:line: what: what to do instead`."""
     files = dict(modules(tree))
+    trees = {name: ast.parse(file.read_text(encoding="utf-8")) for name, file in files.items()}
+    state = STATE.union(*map(changing, trees.values()))
     found: list[str] = []
-    graph: dict[str, set[str]] = defaultdict(set)
-    for module, file in files.items():
-        parsed = ast.parse(file.read_text(encoding="utf-8"))
-        place = file.relative_to(tree)
-        for line, target in imports(parsed, module, file, files):
+    graph: dict[str, dict[str, str]] = defaultdict(dict)  # who imports whom, and where
+    for module, parsed in trees.items():
+        part, place = module.partition(".")[0], files[module].relative_to(tree)
+        for line, target in imports(parsed, module, files[module], files):
             if why := wrong(module, target):
                 found.append(f"{place}:{line}: imports {target}: {why}")
             if module.startswith("kernel.") and target.startswith("kernel."):
-                graph[module].add(target)
+                graph[module][target] = f"{place}:{line}: imports {target}"
         if module not in ("osp", "testkit"):
-            found += [f"{place}:{line}: {ONLY_OSP}" for line in environment_reads(parsed)]
+            found += [f"{place}:{line}: {ENVIRON}" for line in environment_reads(parsed)]
+        maker = MAKERS.get(part, "create_app of osp.py, and hand it over as an argument")
+        for name, line in dict([*global_state(parsed, state)][::-1]).items():
+            found.append(f"{place}:{line}: {name} {GLOBAL.format(maker)}")
+        first = ideas(parsed) if part == "slices" else []
+        found += [f"{place}:{line}: {IDEAS.format(first[0][0], name)}" for name, line in first[1:]]
     try:
         TopologicalSorter(graph).prepare()
     except CycleError as exc:
-        circle = " imports ".join(reversed(exc.args[1]))
-        found.append(f"{circle}: a cycle; move what both need into a module below them")
+        steps = [graph[module][target] for module, target in pairwise(exc.args[1][::-1])]
+        found.append(f"{', '.join(steps)}: {CIRCLE}")
     return found
 
 
@@ -123,6 +158,102 @@ def environment_reads(parsed: ast.AST) -> Iterator[int]:
             yield node.lineno
         elif isinstance(node, ast.ImportFrom) and node.module == "os":
             yield from (node.lineno for alias in node.names if alias.name in ENVIRONMENT)
+
+
+def global_state(parsed: ast.Module, state: set[str]) -> Iterator[tuple[str, int]]:
+    """Yield name and line of what a module keeps, and changes, for the whole process.
+
+    That is what is made of a class in `state`, and whatever a function changes. A table that nobody
+    changes is a constant. So is the cache of a pure function, as long as its size has a bound.
+    """
+    names = {node.name for node in parsed.body if isinstance(node, DEFINITION)}
+    for node in outside(parsed):
+        if isinstance(node, ast.ImportFrom):
+            names |= {alias.asname or alias.name for alias in node.names}
+        elif isinstance(node, ast.Assign | ast.AnnAssign):
+            names |= bound(node)
+            if made_of(node.value) in state:
+                yield from ((name, node.lineno) for name in bound(node))
+    for function in functions(parsed):
+        seen = names - bound(function)
+        cached = " ".join(map(ast.unparse, function.decorator_list))
+        if re.search(r"\bcache$|maxsize=None|cache\(None", cached) and function.args.args:
+            yield f"the cache of {function.name}", function.lineno
+        for inner in ast.walk(function):
+            if isinstance(inner, ast.Global):
+                yield from ((name, inner.lineno) for name in inner.names)
+            elif isinstance(inner, ast.expr) and (name := changed(inner)) in seen:
+                yield name, inner.lineno
+
+
+def outside(node: ast.AST) -> Iterator[ast.AST]:
+    """Yield all that stands outside of functions and classes."""
+    for child in ast.iter_child_nodes(node):
+        if not isinstance(child, DEFINITION | ast.Lambda):
+            yield child
+            yield from outside(child)
+
+
+def functions(parsed: ast.Module) -> list[ast.FunctionDef | ast.AsyncFunctionDef]:
+    """Return functions and methods, without those inside of others."""
+    holders = [node for node in ast.walk(parsed) if isinstance(node, ast.Module | ast.ClassDef)]
+    return [node for holder in holders for node in holder.body if isinstance(node, FUNCTION)]
+
+
+def bound(node: ast.AST) -> set[str]:
+    """Return the names that code binds: variables and arguments."""
+    inner = list(ast.walk(node))
+    names = {n.id for n in inner if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store)}
+    return names | {n.arg for n in inner if isinstance(n, ast.arg)}
+
+
+def made_of(value: ast.expr | None) -> str:
+    """Return an empty container as it is written, or the name of the class that is called."""
+    text = re.sub(r"\[[^()]*\]\(", "(", ast.unparse(value)) if value else ""
+    call = re.match(r"(?:\w+\.)*(\w+)\(", text)
+    return text if text in EMPTY else call[1] if call else ""
+
+
+def changing(parsed: ast.Module) -> set[str]:
+    """Return the classes whose objects change: they set attributes of `self`."""
+    classes = [node for node in ast.walk(parsed) if isinstance(node, ast.ClassDef)]
+    return {each.name for each in classes if any(changed(n) == "self" for n in ast.walk(each))}
+
+
+def changed(node: ast.AST) -> str:
+    """Return the name of what a statement or a call changes, or changes something in."""
+    value: ast.AST | None = None
+    if isinstance(node, ast.Subscript | ast.Attribute) and not isinstance(node.ctx, ast.Load):
+        value = node.value
+    elif isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute):
+        value = node.func.value if node.func.attr in CHANGES else None
+    while isinstance(value, ast.Subscript | ast.Attribute):
+        value = value.value
+    return value.id if isinstance(value, ast.Name) else ""
+
+
+def ideas(parsed: ast.Module) -> list[tuple[str, int]]:
+    """Return name and line of each idea in a slice: definitions that name each other are one.
+
+    `routes` names all of them, so it joins none; helpers that it calls and constants are no ideas.
+    """
+    defined: dict[str, ast.stmt] = {}
+    for node in parsed.body:
+        names = {node.name} if isinstance(node, DEFINITION) else bound(node)
+        defined |= dict.fromkeys(names - {"logger"}, node)
+    roots = [defined.pop(name) for name in ("routes", "endpoint") if name in defined]
+    inner = [each for root in roots for each in ast.walk(root)]
+    called = {ast.unparse(each.func) for each in inner if isinstance(each, ast.Call)}
+    linked: dict[str, frozenset[str]] = {}
+    for name, node in defined.items():
+        near = {name} | {n.id for n in ast.walk(node) if isinstance(n, ast.Name)} & {*defined}
+        group = frozenset(near).union(*(linked.get(other, ()) for other in near))
+        linked |= dict.fromkeys(group, group)
+    first: dict[frozenset[str], tuple[str, int]] = {}
+    for name, node in defined.items():
+        if isinstance(node, ast.ClassDef) or (isinstance(node, FUNCTION) and name not in called):
+            first.setdefault(linked[name], (name, node.lineno))
+    return list(first.values())
 
 
 IMPORT_ALL = """
@@ -226,16 +357,31 @@ AGENT = "plugins/rag_agent/agent.py"
         ("slices/tags.py", "from tests.support import running", "slices"),
         ("kernel/client.py", LATE.format("import osp"), "kernel"),
         ("kernel/__init__.py", "from slices import tags", "kernel"),
-        ("kernel/errors.py", "from kernel.agent import BaseAgent", "a cycle; move"),
-        ("kernel/errors.py", LATE.format("from . import agent"), "a cycle; move"),
+        ("kernel/errors.py", "from kernel.agent import BaseAgent", CIRCLE),
+        ("kernel/errors.py", LATE.format("from . import agent"), CIRCLE),
         ("demo.py", "from kernel.config import HOME", "demo"),
         ("osp.py", LATE.format("import testkit"), "osp"),
         ("testkit.py", "from tests import support", "testkit"),
         ("slices/tags.py", "import httpx", "httpx"),
         ("kernel/agent.py", LATE.format("from httpx import AsyncClient"), "httpx"),
-        ("kernel/errors.py", "import os as o\nhome = o.environ['HOME']", ONLY_OSP),
-        ("slices/tags.py", "from os import environ", ONLY_OSP),
-        ("plugins/rag_agent/index.py", LATE.format("os.getenv('HOME')"), ONLY_OSP),
+        ("kernel/errors.py", "import os as o\nhome = o.environ['HOME']", ENVIRON),
+        ("slices/tags.py", "from os import environ", ENVIRON),
+        ("plugins/rag_agent/index.py", LATE.format("os.getenv('HOME')"), ENVIRON),
+        ("kernel/errors.py", "def f():\n    global count\n    count = 1", "count is a global"),
+        ("kernel/errors.py", "SEEN: dict[str, int] = {}", "create_app of osp.py"),
+        ("slices/tags.py", "lock = asyncio.Lock()", "routes(...)"),
+        (AGENT, "SEEN = set()", "setup(), as an"),
+        ("slices/tags.py", "A = {1: 2}\ndef f(b):\n    A[b] = 3\n    del A[1]", "A is a global"),
+        ("slices/tags.py", "A = [1]\nclass B:\n    def f(self):\n        A.pop()", "A is a"),
+        ("slices/tags.py", "def f():\n    f.calls += 1", "f is a global"),
+        ("slices/tags.py", "from kernel import b\ndef f(a):\n    b.c = a", "b is a global"),
+        ("kernel/errors.py", "class A:\n    def f(self):\n        self.b = 1\nC = A()", "C is a"),
+        ("kernel/errors.py", "@cache\ndef f(a):\n    pass", "the cache of f is a global"),
+        (
+            "slices/tags.py",
+            "async def a():\n    pass\n\n\nclass B:\n    pass",
+            "B is a second idea",
+        ),
     ],
 )
 def test_every_broken_rule_is_caught(tmp_path: Path, file: str, code: str, advice: str) -> None:
