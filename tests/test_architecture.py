@@ -27,6 +27,7 @@ import pytest
 
 from kernel.config import HOME, Config, Key, PluginsConfig, ServerConfig, load
 from kernel.plugin import scan
+from tests.drawing import draw
 
 ENVIRONMENT = {"environ", "environb", "getenv", "getenvb"}
 OURS = {"osp", "demo", "testkit", "entry", "kernel", "slices", "plugins", "tests", "bench", "httpx"}
@@ -70,6 +71,7 @@ IDEAS = (
     "{1} is a second idea beside {0}, for neither names the other: give it a file of its own in"
     " slices/, and its line in osp.py"
 )
+DRAWN = "was out of date and is drawn anew: look at it, and run this again"
 FUNCTION = ast.FunctionDef | ast.AsyncFunctionDef
 DEFINITION = FUNCTION | ast.ClassDef
 EMPTY = {"[]", "{}", "dict()", "list()", "set()"}  # there to be filled
@@ -305,6 +307,59 @@ def test_the_rules_of_the_house_are_kept() -> None:
 
 def test_nothing_happens_at_import() -> None:
     assert effects(HOME) == ""
+
+
+def test_the_drawn_imports_are_those_of_the_code() -> None:
+    file, drawn = HOME / "docs" / "imports.svg", picture(HOME)
+
+    if not file.exists() or file.read_bytes() != drawn.encode():
+        file.write_bytes(drawn.encode())
+        pytest.fail(f"docs/imports.svg {DRAWN}", pytrace=False)
+
+
+def picture(tree: Path) -> str:
+    """Draw who imports whom."""
+    files = dict(modules(tree))
+    kernel: dict[str, set[str]] = defaultdict(set)
+    for module in filter(re.compile(r"kernel\.").match, files):
+        parsed, name = ast.parse(files[module].read_text(encoding="utf-8")), module.split(".")[1]
+        targets = [target for _, target in imports(parsed, module, files[module], files)]
+        kernel[name] |= {t.split(".")[1] for t in targets if t.startswith("kernel.")} - {name}
+    slices = [name[7:] for name in files if name.startswith("slices.")]
+    return draw(kernel, slices, [name[8:-12] for name in files if name.endswith("_agent.agent")])
+
+
+def test_the_tree_in_the_readme_is_that_of_the_folders() -> None:
+    readme = (HOME / "README.md").read_text(encoding="utf-8")
+    old = readme.replace("  health.py ", "  wealth.py ").replace("\nbench/ ", "\nbank/ ")
+
+    assert [*unlike(HOME, readme)] == []
+    found = [each.split()[8:10] for each in unlike(HOME, old)]
+    assert [*map(" ".join, found)] == [
+        "lacks bench/:",
+        "lacks slices/health.py:",
+        "has bank/,",
+        "has slices/wealth.py,",
+    ]
+
+
+def unlike(tree: Path, readme: str) -> Iterator[str]:
+    """Yield what the tree in the README lacks, and what it has that is gone."""
+    (block,) = re.findall(r"(?s)```\n(osp\.py .*?)```", readme)
+    there, listed, top = set(), set(), ""
+    for line in block.splitlines():
+        names = re.findall(r"\S+(?:\.py|/)(?= |$)", line)
+        top = top if line[0] == " " else names.pop(0)
+        listed |= {top, *(top + name for name in names)}
+    ignored = (tree / ".gitignore").read_text(encoding="utf-8").split()
+    for path in [*tree.iterdir(), *(tree / "kernel").rglob("*"), *(tree / "slices").iterdir()]:
+        folder = "" if path.parent == tree else f"{path.relative_to(tree).parts[0]}/"
+        name = f"{path.name}/" if path.is_dir() else path.name
+        if name.endswith((".py", "/")) and name[0] not in "._" and f"/{name}" not in ignored:
+            there.add(folder + name)
+    place = 'README.md: the tree under "How it is built"'
+    yield from (f"{place} lacks {name}: give it a line" for name in sorted(there - listed))
+    yield from (f"{place} has {name}, which is gone: remove it" for name in sorted(listed - there))
 
 
 TREE = {

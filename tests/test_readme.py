@@ -138,10 +138,3 @@ def spellings(default: object) -> list[str]:
         return ["none", "all"] if not default else [Path(default[0]).name]
     text = default.name if isinstance(default, Path) else str(default)
     return [text, text.lower()]
-
-
-def test_every_file_of_the_kernel_and_every_slice_stands_in_the_layout() -> None:
-    names = [p.name for p in (ROOT / "kernel").glob("*.py") if p.name != "__init__.py"]
-    slices = [p.stem for p in (ROOT / "slices").iterdir() if not p.name.startswith("__")]
-
-    assert [name for name in names + slices if name not in README] == []
