@@ -13,6 +13,7 @@ from tests.postgres import INITDB, Cluster, cluster
 from tests.support import FakeOllama, House
 
 pytest.register_assert_rewrite("tests.scenarios")
+collect_ignore = ["exercises"]  # they fail until you have done them, docs/add-a-slice.md
 
 
 @pytest.fixture(scope="session")
