@@ -17,6 +17,7 @@ import tomllib
 from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import fields
+from fnmatch import fnmatch
 from graphlib import CycleError, TopologicalSorter
 from importlib.util import resolve_name
 from itertools import pairwise
@@ -346,11 +347,12 @@ def unlike(tree: Path, readme: str) -> Iterator[str]:
         names = re.findall(r"\S+(?:\.py|/)(?= |$)", line)
         top = top if line[0] == " " else names.pop(0)
         listed |= {top, *(top + name for name in names)}
-    ignored = (tree / ".gitignore").read_text(encoding="utf-8").split()
+    ignored = (tree / ".gitignore").read_text(encoding="utf-8").replace("/", "").split()
     for path in [*tree.iterdir(), *(tree / "kernel").rglob("*"), *(tree / "slices").iterdir()]:
         folder = "" if path.parent == tree else f"{path.relative_to(tree).parts[0]}/"
         name = f"{path.name}/" if path.is_dir() else path.name
-        if name.endswith((".py", "/")) and name[0] not in "._" and f"/{name}" not in ignored:
+        kept = name[0] not in "._" and not any(fnmatch(path.name, each) for each in ignored)
+        if kept and name.endswith((".py", "/")):
             there.add(folder + name)
     place = 'README.md: the tree under "How it is built"'
     yield from (f"{place} lacks {name}: give it a line" for name in sorted(there - listed))

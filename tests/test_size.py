@@ -13,7 +13,7 @@ import pytest
 
 from kernel.config import HOME
 
-LIMIT = 6086  # code lines of osp.py, kernel/ and slices/; 2,700 is the aim
+LIMIT = 6085  # code lines of osp.py, kernel/ and slices/; 2,700 is the aim
 LARGEST = 250  # code lines of one file, but for slices/chat.py
 NO_CODE = {
     tokenize.COMMENT,
@@ -114,7 +114,7 @@ def test_functions_are_short() -> None:
 def test_tests_are_no_longer_than_what_they_test() -> None:
     tests = sum(counted("tests/**/*.py").values())
     python = counted(*CORE, *AGENTS, "demo.py", "testkit.py", "entry.py", "bench/**/*.py")
-    source = sum(python.values()) + example_lines()
+    source = sum(python.values()) + example_lines() + page_lines()
 
     assert tests <= 1.6 * source, f"{tests} lines of tests for {source}"
 
@@ -126,6 +126,13 @@ def example_lines() -> int:
     texts = [f.read_text(encoding="utf-8") for f in files if f.suffix not in other]
     lines = [line.strip() for text in texts for line in text.splitlines()]
     return sum(1 for line in lines if line and not line.startswith("#"))
+
+
+def page_lines() -> int:
+    """Count what tests/docs runs and compares: the code, commands and drawings of the pages."""
+    pages = [file.read_text(encoding="utf-8") for file in (HOME / "docs").glob("*.md")]
+    blocks = [block for page in pages for block in re.findall(r"(?ms)^```\w+\n(.*?)^```", page)]
+    return sum(1 for block in blocks for line in block.splitlines() if line.strip())
 
 
 def test_the_bench_is_no_framework() -> None:

@@ -12,18 +12,19 @@ from pathlib import Path
 import pytest
 
 from kernel.config import HOME
-from tests.docs.claims import Facts, text_of, word, wrong
+from tests.docs import claims
+from tests.docs.claims import Facts, text_of, word
 from tests.test_architecture import complaints
 from tests.test_readme import LEFT_OUT
 
-PAGE = "docs/break-it.md"
+PAGE = text_of("docs/break-it.md")
 MOVE = r"^## \d\. (.*?)\n.*?In\s`([^`]+)`:\n\n```diff\n(.*?)```\n\n```text\n(.*?)```"
-MOVES = re.findall(MOVE, text_of(PAGE), re.DOTALL | re.MULTILINE)
+MOVES = re.findall(MOVE, PAGE, re.DOTALL | re.MULTILINE)
 FACTS: Facts = {"{} wrong moves": lambda: word(len(MOVES))}
 
 
 def test_the_page_is_true() -> None:
-    assert wrong(PAGE, FACTS) == []
+    assert claims.wrong("docs/break-it.md", FACTS) == []
 
 
 @pytest.mark.parametrize("move", MOVES, ids=[name for name, *_ in MOVES])
@@ -34,7 +35,7 @@ def test_a_wrong_move_gives_the_message_on_the_page(tmp_path: Path, move: list[s
 
 
 def test_the_command_prints_the_message_and_nothing_without_a_move(tmp_path: Path) -> None:
-    (command,) = re.findall(r"```sh\n(.*?)```", text_of(PAGE), re.DOTALL)
+    (command,) = re.findall(r"```sh\n(.*?)```", PAGE, re.DOTALL)
     env = os.environ | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
     move = next(move for move in MOVES if move[0] == "A circle")  # which Python could refuse, too
     tree = copy_with(move, tmp_path)
