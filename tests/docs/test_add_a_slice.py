@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-import os
 import re
-import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
 from kernel.config import HOME
 from tests.docs import claims
+from tests.docs.copies import change, changes, copied, run, text_of
 from tests.exercises.test_embeddings_cache import LARGEST, MOST
-from tests.test_readme import LEFT_OUT
 from tests.test_size import CORE, code_lines
 
 PAGE = claims.text_of("docs/add-a-slice.md")
@@ -27,48 +23,27 @@ Edit = tuple[Path, str, str]  # a file, a text in it, and what takes its place
 
 def follow(steps: str, tree: Path) -> list[Edit]:
     """Run the commands and make the edits of a part of the page; return the edits."""
-    made = []
+    made: list[Edit] = []
     for name, kind, code in BLOCK.findall(steps):
-        for piece in code.splitlines() if kind == "sh" else code.split("@@\n"):
-            if kind == "sh":
-                run(piece, tree)
-            else:
-                made.append(edit(tree / name, kind, piece))
-                change(*made[-1])
+        if kind == "sh":
+            for line in code.splitlines():
+                check(line, tree)
+            continue
+        file = tree / name
+        old = text_of(file)
+        whole = [(old, f"{old}\n\n{code}" if old else code)]  # a new file, or the end of one
+        for before, after in changes(code) if kind == "diff" else whole:
+            change(file, before, after)
+            made.append((file, before, after))
     return made
 
 
-def run(line: str, tree: Path) -> None:
+def check(line: str, tree: Path) -> None:
     """Run a command; a comment behind it says what it prints, and whether it fails."""
     said = line.partition(" # ")[2]
-    env = os.environ | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
-    command = ["bash", "-c", line]
-    done = subprocess.run(command, cwd=tree, env=env, capture_output=True, text=True, timeout=150)
-    assert (done.returncode != 0) == ("failed" in said), f"{line}\n{done.stdout}{done.stderr}"
-    is_said = not done.stdout if said == "nothing" else claims.stands_in(said, done.stdout)
-    assert is_said, f"{line}\n{done.stdout}"
-
-
-def edit(file: Path, kind: str, code: str) -> Edit:
-    """Return what a block does: it is a diff, a new file, or the new end of a file."""
-    if kind == "diff":
-        lines = code.splitlines(keepends=True)
-        before, after = ([n[1:] or n for n in lines if n[0] != sign] for sign in "+-")
-        return file, "".join(before), "".join(after)
-    old = text_of(file)
-    return file, old, f"{old}\n\n{code}" if old else code
-
-
-def change(file: Path, old: str, new: str) -> None:
-    text = text_of(file)
-    assert text.count(old) == 1, f"this block no longer fits {file.name}:\n{old}"
-    file.write_text(text.replace(old, new), encoding="utf-8")
-    if not text_of(file):
-        file.unlink()
-
-
-def text_of(file: Path) -> str:
-    return file.read_text(encoding="utf-8") if file.exists() else ""
+    status, printed = run(line, tree)
+    assert (status != 0) == ("failed" in said), f"{line}\n{printed}"
+    assert not printed if said == "nothing" else claims.stands_in(said, printed), printed
 
 
 def size(tree: Path) -> int:
@@ -78,7 +53,7 @@ def size(tree: Path) -> int:
 @pytest.mark.skipif("LIMIT +=" in text_of(HOME / "tests/test_size.py"), reason="in the exercises")
 @pytest.mark.parametrize("exercise", EXERCISES, ids=["a new slice", "a slice that grows"])
 def test_an_exercise_goes_in_as_the_page_says_and_out_again(tmp_path: Path, exercise: str) -> None:
-    tree = shutil.copytree(HOME, tmp_path / "osp", ignore=LEFT_OUT)
+    tree = copied(tmp_path)
     run(COMMIT, tree)
 
     edits = follow(exercise, tree)

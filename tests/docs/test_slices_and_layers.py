@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import re
-import shutil
 from pathlib import Path
 
 import pytest
@@ -13,8 +12,9 @@ from kernel.config import HOME
 from kernel.dialects.every import DIALECTS
 from tests.docs import claims
 from tests.docs.claims import Facts, lines, text_of, word
+from tests.docs.copies import change as replace
+from tests.docs.copies import copied
 from tests.test_architecture import python
-from tests.test_readme import LEFT_OUT
 from tests.test_size import code_lines
 
 BLOCKS = re.findall(r"```python\n(.*?)```", text_of("docs/slices-and-layers.md"), re.DOTALL)
@@ -86,13 +86,11 @@ for upstream in sys.argv[1:]:
 async def test_layers_answer_as_the_slice_does(
     tmp_path: Path, demo_url: str, change: dict[str, tuple[str, str]]
 ) -> None:
-    trees = sliced, layered = tmp_path / "sliced", tmp_path / "layered"
-    for tree in trees:
-        shutil.copytree(HOME, tree, ignore=LEFT_OUT)
+    trees = sliced, layered = copied(tmp_path / "sliced"), copied(tmp_path / "layered")
     put_layers(layered)
     python(layered, "-m", "ruff", "format", "--check", *LAYERS)
     for file, (old, more) in change.items():
-        edit(layered if file in LAYERS else sliced, file, old, old + more)
+        replace((layered if file in LAYERS else sliced) / file, old, old + more)
 
     asked = [asyncio.to_thread(python, tree, "-c", ASK, demo_url, "127.0.0.1:1") for tree in trees]
     said, by_layers = await asyncio.gather(*asked)
@@ -110,12 +108,6 @@ def put_layers(tree: Path) -> None:
     (tree / "slices" / "health.py").unlink()
     imports, line = JOINED.split("...\n")
     (made,) = re.findall(r" *\*health\.routes\(.*\n", text_of("osp.py"))
-    edit(tree, "osp.py", made, line)
-    edit(tree, "osp.py", "    health,\n", "")
-    edit(tree, "osp.py", "from slices import", f"{imports}from slices import")
-
-
-def edit(tree: Path, file: str, old: str, new: str) -> None:
-    text = (tree / file).read_text(encoding="utf-8")
-    assert text.count(old) == 1, (file, old)
-    (tree / file).write_text(text.replace(old, new), encoding="utf-8")
+    replace(tree / "osp.py", made, line)
+    replace(tree / "osp.py", "    health,\n", "")
+    replace(tree / "osp.py", "from slices import", f"{imports}from slices import")
