@@ -28,6 +28,7 @@ PATHS = list(BY_PATH)
 CHAT, COMPLETIONS, MESSAGES, RESPONSES = PATHS
 HEADS = {path: dialect.head({"model": "m"}) for path, dialect in BY_PATH.items()}
 SENT = "I am the demo model. I was sent:\n"  # how the demo's answer begins
+NOT_FOUND = {"type": "http.response.start", "status": 404, "headers": []}
 NOTICE = "\n\n[without {}: it failed, the proxy's log says why]"
 # What hooks of `House.add` do; NAME is the agent's
 TAG = "set_prompt(payload, prompt(payload) + ' <NAME')"
@@ -173,7 +174,7 @@ class FakeOllama:
     arrived: asyncio.Event = field(default_factory=asyncio.Event)
     disconnected: asyncio.Event = field(default_factory=asyncio.Event)
     go: asyncio.Event = field(default_factory=asyncio.Event)
-    head: dict[str, Any] = field(default_factory=dict)
+    head: dict[str, Any] = field(default_factory=lambda: {**NOT_FOUND})
     before: Callable[[], Any] | None = None
     steps: tuple[Any, ...] = ()
     script: list[tuple[Any, ...]] = field(default_factory=list)  # of requests that come in turn

@@ -14,7 +14,7 @@ from tests.exercises.test_embeddings_cache import LARGEST, MOST
 from tests.test_size import CORE, code_lines
 
 PAGE = claims.text_of("docs/add-a-slice.md")
-_, *EXERCISES, BACK = PAGE.split("\n## ")
+FIRST, *EXERCISES, BACK = PAGE.split("\n## ")
 BLOCK = re.compile(r"(?:`([\w./]+)`:\n\n)?^```(\w+)\n(.*?)^```", re.DOTALL | re.MULTILINE)
 ADDED = re.compile(r"^\+LIMIT \+= (\d+)", re.MULTILINE)
 COMMIT = "git init -q && git add -A && git -c user.name=me -c user.email=me@here commit -qm all"
@@ -51,20 +51,23 @@ def size(tree: Path) -> int:
 
 
 @pytest.mark.skipif("LIMIT +=" in text_of(HOME / "tests/test_size.py"), reason="in the exercises")
-@pytest.mark.parametrize("exercise", EXERCISES, ids=["a new slice", "a slice that grows"])
-def test_an_exercise_goes_in_as_the_page_says_and_out_again(tmp_path: Path, exercise: str) -> None:
+def test_the_exercises_go_in_as_the_page_says_and_out_again(tmp_path: Path) -> None:
     tree = copied(tmp_path)
     run(COMMIT, tree)
 
-    edits = follow(exercise, tree)
-    assert size(tree) - size(HOME) == sum(map(int, ADDED.findall(exercise)))
+    edits = [edit for exercise in EXERCISES for edit in follow(exercise, tree)]
+    assert size(tree) - size(HOME) == sum(map(int, ADDED.findall(PAGE)))
     for file, old, new in reversed(edits):
         change(file, new, old)
     follow(BACK, tree)
 
 
-FACTS: claims.Facts = {"up to {} MiB of memory": lambda: MOST * LARGEST >> 20}
+FACTS: claims.Facts = {
+    "{} exercises of half an hour": lambda: claims.word(len(EXERCISES)).capitalize(),
+    "up to {} MiB of memory": lambda: MOST * LARGEST >> 20,
+}
 
 
 def test_what_the_page_says_is_true() -> None:
     assert claims.wrong("docs/add-a-slice.md", FACTS) == []
+    assert BLOCK.findall(FIRST)[0][2] in claims.blocks_of("CONTRIBUTING.md")
