@@ -30,7 +30,8 @@ from kernel.config import HOME, Config, Key, PluginsConfig, ServerConfig, load
 from kernel.plugin import scan
 from tests.drawing import draw
 
-ENVIRONMENT = {"environ", "environb", "getenv", "getenvb"}
+IMPORTERS = ("import_module", "__import__")
+ENVIRONMENT = {"environ", "environb", "expandvars", "getenv", "getenvb"}
 OURS = {"osp", "demo", "testkit", "entry", "kernel", "slices", "plugins", "tests", "bench", "httpx"}
 ALLOWED = {  # what each part may import of these
     "plugins": {"httpx"},
@@ -45,8 +46,8 @@ ADVICE = {
     "plugins": "of this project a plugin imports only kernel.agent, and its own files with a dot"
     " before them; it asks the model with self.context.chat, and what is missing there belongs into"
     " the contract, kernel/agent.py",
-    "slices": "a slice imports only kernel, so that every other slice can be deleted; write the few"
-    " lines again, and when a third slice needs them, move them to kernel/",
+    "slices": "of this project a slice imports only kernel, so that every other slice can be"
+    " deleted; write the few lines again, and when a third slice needs them, move them to kernel/",
     "kernel": "the kernel imports only the kernel; let osp.py hand over what is needed, as an"
     " argument",
     "demo": "demo.py imports nothing of this project: it stands for a server that knows nothing of"
@@ -60,8 +61,9 @@ ENVIRON = (
     " kernel/config.py, or one of the agent), and take its value as an argument"
 )
 CIRCLE = (
-    "a circle, so that none of them can be understood without the others; let the one that should"
-    " know less take values as arguments, or move what both need into a module below them"
+    "a circle, even if it is for types alone: none of them can be understood without the others."
+    " Let the one that should know less take values as arguments, or move what both need into a"
+    " module below them"
 )
 GLOBAL = "is a global, which two proxies in one process would share: make it in {}"
 MAKERS = {
@@ -69,8 +71,9 @@ MAKERS = {
     "slices": "routes(...), and hand it over as an argument",
 }
 IDEAS = (
-    "{1} is a second idea beside {0}, for neither names the other: give it a file of its own in"
-    " slices/, and its line in osp.py"
+    "{1} is a second idea beside {0}: neither uses the other, nor anything of this file that the"
+    " other uses. Give it a file of its own in slices/, and its line in osp.py; or, if both are one"
+    " idea, make them methods of one class"
 )
 DRAWN = "was out of date and is drawn anew: look at it, and run this again"
 FUNCTION = ast.FunctionDef | ast.AsyncFunctionDef
@@ -104,6 +107,8 @@ def complaints(tree: Path) -> list[str]:
             found += [f"{place}:{line}: {ENVIRON}" for line in environment_reads(parsed)]
         maker = MAKERS.get(part, "create_app of osp.py, and hand it over as an argument")
         for name, line in dict([*global_state(parsed, state)][::-1]).items():
+            if part == "plugins" and "." in name:  # each request has a copy of it
+                continue
             found.append(f"{place}:{line}: {name} {GLOBAL.format(maker)}")
         first = ideas(parsed) if part == "slices" else []
         found += [f"{place}:{line}: {IDEAS.format(first[0][0], name)}" for name, line in first[1:]]
@@ -145,6 +150,14 @@ def imports(
             for alias in node.names:
                 inner = f"{base}.{alias.name}"
                 yield node.lineno, inner if inner in known else base
+        elif isinstance(node, ast.Call) and callee(node) in IMPORTERS:
+            names = [arg.value for arg in node.args if isinstance(arg, ast.Constant)]
+            yield from ((node.lineno, name) for name in names if isinstance(name, str))
+
+
+def callee(call: ast.Call) -> str:
+    """Return the last name of what is called."""
+    return str(getattr(call.func, "attr", getattr(call.func, "id", "")))
 
 
 def wrong(module: str, target: str) -> str:
@@ -156,11 +169,15 @@ def wrong(module: str, target: str) -> str:
 
 
 def environment_reads(parsed: ast.AST) -> Iterator[int]:
-    for node in ast.walk(parsed):
+    nodes = [*ast.walk(parsed)]
+    imported = [alias for node in nodes if isinstance(node, ast.Import) for alias in node.names]
+    systems = {"os", "os.path"} | {a.asname or "" for a in imported if a.name == "os"}
+    for node in nodes:
         if isinstance(node, ast.Attribute) and node.attr in ENVIRONMENT:
-            yield node.lineno
-        elif isinstance(node, ast.ImportFrom) and node.module == "os":
-            yield from (node.lineno for alias in node.names if alias.name in ENVIRONMENT)
+            yield from [node.lineno] * (ast.unparse(node.value) in systems)
+        elif isinstance(node, ast.ImportFrom):
+            reads = ENVIRONMENT & {alias.name for alias in node.names} and node.module in systems
+            yield from [node.lineno] * bool(reads or node.module == "starlette.config")
 
 
 def global_state(parsed: ast.Module, state: set[str]) -> Iterator[tuple[str, int]]:
@@ -175,7 +192,7 @@ def global_state(parsed: ast.Module, state: set[str]) -> Iterator[tuple[str, int
             names |= {alias.asname or alias.name for alias in node.names}
         elif isinstance(node, ast.Assign | ast.AnnAssign):
             names |= bound(node)
-            if made_of(node.value) in state:
+            if made_of(node.value) in state and not is_read_only(node):
                 yield from ((name, node.lineno) for name in bound(node))
     for function in functions(parsed):
         seen = names - bound(function)
@@ -185,8 +202,15 @@ def global_state(parsed: ast.Module, state: set[str]) -> Iterator[tuple[str, int
         for inner in ast.walk(function):
             if isinstance(inner, ast.Global):
                 yield from ((name, inner.lineno) for name in inner.names)
-            elif isinstance(inner, ast.expr) and (name := changed(inner)) in seen:
+            elif isinstance(inner, ast.expr) and (name := changed(inner)[0]) in seen:
                 yield name, inner.lineno
+    for kind in (node for node in ast.walk(parsed) if isinstance(node, ast.ClassDef)):
+        made = [node for node in kind.body if isinstance(node, ast.Assign | ast.AnnAssign)]
+        kept = {name for node in made if made_of(node.value) in state for name in bound(node)}
+        shared = kept - own(kind)
+        for inner in ast.walk(kind):
+            if isinstance(inner, ast.expr) and (name := changed(inner)[1]) in shared:
+                yield f"{kind.name}.{name}", inner.lineno
 
 
 def outside(node: ast.AST) -> Iterator[ast.AST]:
@@ -217,22 +241,35 @@ def made_of(value: ast.expr | None) -> str:
     return text if text in EMPTY else call[1] if call else ""
 
 
+def is_read_only(node: ast.Assign | ast.AnnAssign) -> bool:
+    said = ast.unparse(node.annotation) if isinstance(node, ast.AnnAssign) else ""
+    return bool(re.match(r"Collection|Mapping|Sequence", said))
+
+
+def own(kind: ast.ClassDef) -> set[str]:
+    """Return the attributes that methods of a class give to `self`."""
+    inner = [node for node in ast.walk(kind) if isinstance(node, ast.Attribute)]
+    return {node.attr for node in inner if isinstance(node.ctx, ast.Store)}
+
+
 def changing(parsed: ast.Module) -> set[str]:
     """Return the classes whose objects change: they set attributes of `self`."""
     classes = [node for node in ast.walk(parsed) if isinstance(node, ast.ClassDef)]
-    return {each.name for each in classes if any(changed(n) == "self" for n in ast.walk(each))}
+    return {each.name for each in classes if any(changed(n)[0] == "self" for n in ast.walk(each))}
 
 
-def changed(node: ast.AST) -> str:
-    """Return the name of what a statement or a call changes, or changes something in."""
+def changed(node: ast.AST) -> tuple[str, str]:
+    """Return what a statement or a call changes: its name, and the attribute with the change."""
+    attribute = ""
     value: ast.AST | None = None
     if isinstance(node, ast.Subscript | ast.Attribute) and not isinstance(node.ctx, ast.Load):
         value = node.value
     elif isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute):
         value = node.func.value if node.func.attr in CHANGES else None
     while isinstance(value, ast.Subscript | ast.Attribute):
+        attribute = value.attr if isinstance(value, ast.Attribute) else attribute
         value = value.value
-    return value.id if isinstance(value, ast.Name) else ""
+    return (value.id if isinstance(value, ast.Name) else "", attribute)
 
 
 def ideas(parsed: ast.Module) -> list[tuple[str, int]]:
@@ -253,6 +290,8 @@ def ideas(parsed: ast.Module) -> list[tuple[str, int]]:
         group = frozenset(near).union(*(linked.get(other, ()) for other in near))
         linked |= dict.fromkeys(group, group)
     first: dict[frozenset[str], tuple[str, int]] = {}
+    if "Forward" in called:  # an endpoint, too
+        first[frozenset()] = "Forward", roots[0].lineno
     for name, node in defined.items():
         if isinstance(node, ast.ClassDef) or (isinstance(node, FUNCTION) and name not in called):
             first.setdefault(linked[name], (name, node.lineno))
@@ -428,6 +467,18 @@ AGENT = "plugins/rag_agent/agent.py"
         ("slices/tags.py", "def f():\n    f.calls += 1", "f is a global"),
         ("slices/tags.py", "from kernel import b\ndef f(a):\n    b.c = a", "b is a global"),
         ("kernel/errors.py", "class A:\n    def f(self):\n        self.b = 1\nC = A()", "C is a"),
+        (
+            "slices/tags.py",
+            "class A:\n    b = []\n    def f(self):\n        self.b.append(1)",
+            "A.b is",
+        ),
+        ("slices/tags.py", "import importlib\nimportlib.import_module('slices.chat')", "slices"),
+        ("slices/tags.py", "from starlette.config import Config", ENVIRON),
+        (
+            "slices/tags.py",
+            "routes = lambda c: Forward(c)\nasync def a():\n    pass",
+            "a is a second",
+        ),
         ("kernel/errors.py", "@cache\ndef f(a):\n    pass", "the cache of f is a global"),
         (
             "slices/tags.py",

@@ -10,23 +10,29 @@ from __future__ import annotations
 import ast
 import importlib
 import re
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import fields, is_dataclass
 from functools import cache
 from keyword import iskeyword
+from pathlib import Path
 
+import demo
+import osp
 from kernel.commands import EXPLAIN, HELP, YES
-from kernel.config import HOME, Config
+from kernel.config import HOME, Config, PluginsConfig
+from kernel.registry import PluginRegistry
 from tests.test_size import code_lines
 
 Facts = Mapping[str, Callable[[], object]]
 
 WORDS = "no one two three four five six seven eight nine ten eleven twelve".split()
 NUMBER = re.compile(
-    rf"\d[\d,.]*|\b(?:{'|'.join(WORDS[4:])}|dozen|twenty|thirty|forty|fifty|sixty|hundred)\b",
+    rf"\d[\d,.]*|\b(?:{'|'.join(WORDS[3:])}|dozen|\w+teen|(?:twen|thir|for|fif|six|seven|eigh|nine)ty|hundred|thousand)\b",
     re.IGNORECASE,
 )
 BLOCK = re.compile(r"^( *)```.*?^\1```$", re.DOTALL | re.MULTILINE)
+IN_FILE = re.compile(r"`([\w.]+)` in `([\w/]+\.py)`")
 SPAN = re.compile(r"`([^`]+)`")
 LINK = re.compile(r"\]\(([^)#:]+)(?:#[^)]*)?\)")
 NUMBERING = re.compile(r"^(?:#+ |\| ?)?\d+(?:–\d+)?(?:\. | *\|)", re.MULTILINE)
@@ -61,6 +67,7 @@ def wrong(page: str, facts: Facts) -> list[str]:
     run = "\n".join([text_of(".ci/run"), *map(blocks_of, [page, *RUN])])
     prose = " ".join(NUMBERING.sub("", BLOCK.sub("", text)).split())
     said = [f"`{name}` is nowhere" for name in SPAN.findall(prose) if not is_known(name, run)]
+    said += [f"{file} has no {name}" for name, file in IN_FILE.findall(prose) if lacks(file, name)]
     said += [f"a dead link: {to}" for to in LINK.findall(prose) if not (folder / to).exists()]
     for phrase, value in facts.items():
         found = value()
@@ -85,6 +92,12 @@ def is_known(name: str, run: str) -> bool:
     return any(HOME.glob(name)) or is_typed(name) or is_code(name)
 
 
+def lacks(file: str, name: str) -> bool:
+    """Tell whether a file is there that neither defines a name nor a member of that name."""
+    found = definitions().get(file, set())
+    return (HOME / file).exists() and not {*name.split(".")} <= found
+
+
 def stands_in(name: str, text: str) -> bool:
     return bool(re.search(rf"(?<!\w){re.escape(name)}(?!\w)", text))
 
@@ -93,24 +106,33 @@ def is_typed(text: str) -> bool:
     """Tell whether a text is a command in a chat, or an endpoint, with its method or without."""
     agents = [folder.name.removesuffix("_agent") for folder in HOME.glob("plugins/*_agent")]
     command = re.match(r"/+(\w+)", text)
-    method, _, path = text.rpartition(" ")
-    is_path = path.startswith("/") and method in ("", "GET", "HEAD", "POST")
-    known = {path for words in identifiers() for path in words.split() if path[0] == "/"}
-    return (
-        is_path and path in known or bool(command and command[1] in [*agents, EXPLAIN, HELP, YES])
-    )
+    method, _, path = text.partition("?")[0].rpartition(" ")
+    is_command = command is not None and command[1] in [*agents, EXPLAIN, HELP, YES]
+    return is_command or any(method in ("", *known) for known in endpoints().get(path, ()))
+
+
+@cache
+def endpoints() -> dict[str, list[set[str]]]:
+    """Return the methods of each path, at the proxy and at Ollama."""
+    app = osp.create_app(Config(), PluginRegistry(PluginsConfig(only=()), {}, HOME, {}))
+    found: dict[str, list[set[str]]] = defaultdict(list)
+    for route in [*app.app.app.routes, *demo.create_app().routes]:  # type: ignore[attr-defined]
+        found[route.path].append(route.methods or {"POST"})
+    return found
 
 
 def is_code(text: str) -> bool:
     """Tell whether the code has a name, or the setting that a text sets."""
     match = re.fullmatch(r"""[\["@.]*([\w.-]+)["\]]*(?:\(.*\))?(?:\s*[=:].*)?""", text)
     if match is None:  # a message, or the beginning of a statement
-        said = any(stands_in(text.lower(), each) for each in identifiers() if " " in each)
+        said = any(stands_in(text, each) for each in identifiers() if " " in each)
         return said or iskeyword(text.split()[0])
-    name = match[1].lower()
+    name = match[1]
     owner, _, last = name.removeprefix("self.").rpartition(".")
     if not owner or name in identifiers():
-        return {name, last} & identifiers() != set() or iskeyword(name)
+        return {name, last, name.lower() * ("-" in name)} & identifiers() != set() or iskeyword(
+            name
+        )
     settings = getattr(Config(), owner, None)
     is_setting = is_dataclass(settings) and last in [each.name for each in fields(settings)]
     owned = definitions().get(owner.rpartition(".")[2], ())
@@ -126,18 +148,22 @@ def is_library(text: str, module: str) -> bool:
 
 def trees() -> Iterator[tuple[str, ast.Module]]:
     for file in (file for part in CODE for file in sorted(HOME.glob(part))):
-        yield file.stem, ast.parse(file.read_text(encoding="utf-8"))
+        yield str(file.relative_to(HOME)), ast.parse(file.read_text(encoding="utf-8"))
 
 
 @cache
 def definitions() -> dict[str, set[str]]:
-    """Return what each module and each class defines, by the last part of its name."""
-    found: dict[str, set[str]] = {}
-    for module, tree in trees():
-        owners = {module: tree.body}
+    """Return what each class, module and file defines, by the last part of its name, or its path.
+
+    A file also has what its classes define.
+    """
+    found: dict[str, set[str]] = defaultdict(set)
+    for file, tree in trees():
+        owners = {Path(file).stem: tree.body}
         owners |= {n.name: n.body for n in ast.walk(tree) if isinstance(n, ast.ClassDef)}
         for owner, body in owners.items():
-            found.setdefault(owner.lower(), set()).update(map(str.lower, named(body)))
+            found[owner].update(named(body))
+            found[file].update(named(body))
     return found
 
 
@@ -152,7 +178,7 @@ def named(body: list[ast.stmt]) -> Iterator[str]:
 
 @cache
 def identifiers() -> set[str]:
-    """Return all names in the code, and its strings, in lower case."""
+    """Return all names in the code, and its strings."""
     found = {name for names in definitions().values() for name in names} | definitions().keys()
     for _, tree in trees():
         for node in ast.walk(tree):
@@ -161,4 +187,4 @@ def identifiers() -> set[str]:
                 found |= {text} if len(text) < 300 else set()
             elif isinstance(node, ast.Name | ast.arg | ast.alias | ast.Attribute | ast.keyword):
                 found |= {getattr(node, key, None) or "" for key in ("id", "arg", "name", "attr")}
-    return {name.lower() for name in found}
+    return found

@@ -15,7 +15,7 @@ from tests.docs.copies import change, changes, copied, run
 from tests.test_architecture import complaints
 
 PAGE = text_of("docs/break-it.md")
-MOVE = r"^## \d\. (.*?)\n.*?In\s`([^`]+)`:\n\n```diff\n(.*?)```\n\n```text\n(.*?)```"
+MOVE = r"^## \d\. (.*?)\n.*?In\s`([^`]+)`:\n\n```diff\n(.*?)```\n\n<.*?```text\n(.*?)```"
 MOVES = re.findall(MOVE, PAGE, re.DOTALL | re.MULTILINE)
 FACTS: Facts = {"{} wrong moves": lambda: word(len(MOVES))}
 

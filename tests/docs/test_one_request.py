@@ -26,7 +26,11 @@ LANES = {name: name for name in ("client", "kernel", "slices/chat.py", "plugins/
 LANES["Ollama"] = "tests/support.py FakeOllama.answer"
 WIDTH, LINE = 18, str.maketrans(" │", "─┼")
 LEFT_OUT = [number for name, number in NAMES.items() if name not in DRAWINGS[1].split()]
-FACTS: claims.Facts = {"Left out are the steps {}.": lambda: ", ".join(LEFT_OUT)}
+INSTEAD = [*STEPS.values()].count("•")
+FACTS: claims.Facts = {
+    "Left out are the steps {}.": lambda: ", ".join(LEFT_OUT),
+    "{} functions run in their place": lambda: claims.word(INSTEAD).capitalize(),
+}
 
 
 @contextmanager

@@ -44,6 +44,7 @@ def slices_with(text: str) -> str:
 
 CORE = ("kernel/**/*.py", "slices/*.py", "osp.py")
 FACTS: Facts = {
+    "The {} kinds of sharing": lambda: word(text_of("docs/slices-and-layers.md").count("\n### ")),
     "| files | 1 | {} |": lambda: len(LAYERS),
     "imports too | {} | {} |": lambda: (lines("slices/health.py"), sum(map(code_lines, FILES))),
     "name the agents that failed | {} | {} |": lambda: tuple(CHANGED),
