@@ -351,18 +351,6 @@ class Chat:
         async with aclosing(await self.request(turn)) as answer:
             await self.send_answer(turn, answer, send)
 
-    async def request(self, turn: Turn) -> Answer:
-        """Send the payload to Ollama."""
-        self.check_model(turn)
-        body = dialects.dumps(self.dialect.write(turn.payload, turn.request))
-        headers = relay.request_headers(turn.scope, self.client)
-        headers = [pair for pair in headers if pair[0] not in REPLACED]
-        headers.append((b"accept-encoding", b"identity"))
-        turn.tell("sent to the model", request=turn.payload)
-        info(turn.scope).enter(WAITING)
-        target, known = relay.target_of(turn.scope), info(turn.scope)
-        return await self.client.forward("POST", target, headers, body, known)
-
     async def prepare(self, turn: Turn) -> None:
         """Run the request hooks: they change the payload, or reply. Raises Aborted."""
         trace: Trace = []
@@ -395,6 +383,18 @@ class Chat:
             return turn.say(question)
         turn.payload["messages"] += told(self.dialect, await use(turn, calls))
         turn.payload = await run_again(turn)
+
+    async def request(self, turn: Turn) -> Answer:
+        """Send the payload to Ollama."""
+        self.check_model(turn)
+        body = dialects.dumps(self.dialect.write(turn.payload, turn.request))
+        headers = relay.request_headers(turn.scope, self.client)
+        headers = [pair for pair in headers if pair[0] not in REPLACED]
+        headers.append((b"accept-encoding", b"identity"))
+        turn.tell("sent to the model", request=turn.payload)
+        info(turn.scope).enter(WAITING)
+        target, known = relay.target_of(turn.scope), info(turn.scope)
+        return await self.client.forward("POST", target, headers, body, known)
 
     def check_model(self, turn: Turn) -> None:
         """Raise NotAllowed where an agent chose a model whose guard has not seen the request."""
