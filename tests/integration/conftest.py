@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import os
 import shutil
-import socket
 import subprocess
 import sys
 import time
@@ -21,6 +20,9 @@ from typing import Any
 
 import httpx
 import pytest
+from pydantic import BaseModel
+
+from tests.test_osp import free_port
 
 HERE = Path(__file__).parent
 ROOT = HERE.parent.parent
@@ -38,17 +40,7 @@ CODING = {  # clients that one types, by the packages that bring them
     "codex": "@openai/codex",
     "cn": "@continuedev/cli",
 }
-# Agents of which one changes what is asked, and one what is answered
-CLOCK = """
-class Clock(BaseAgent):
-    async def on_request(self, payload):
-        return add_context(payload, f"typed: {self.context.prompt!r}")
-"""
-UP = """
-class Up(BaseAgent):
-    async def on_response(self, response):
-        return response.upper()
-"""
+OWN = {"created", "created_at", "expires_at"}  # beside durations and the number of an answer
 CHATS = ["/api/chat", "/v1/chat/completions"]
 MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "tiny": ("tiny.gguf", {"parameters": PARAMETERS}),
@@ -108,6 +100,26 @@ def proxy(
         yield f"http://{address}", process
 
 
+def environment(home: Path, url: str) -> dict[str, str]:
+    """Return what the command `ollama` needs to talk to a server, and nothing of the user's."""
+    return {"PATH": os.environ["PATH"], "HOME": str(home), "OLLAMA_HOST": url, "TERM": "xterm"}
+
+
+def run_ollama(
+    binary: str, home: Path, url: str, *arguments: str
+) -> subprocess.CompletedProcess[str]:
+    """Run the command `ollama` in `home`, until it ends."""
+    return subprocess.run(
+        [binary, *arguments],
+        cwd=home,
+        env=environment(home, url),
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        timeout=30,
+    )
+
+
 @contextmanager
 def running(
     command: Sequence[str], home: Path, environ: Mapping[str, str], log: Path
@@ -160,12 +172,6 @@ def stop(process: subprocess.Popen[bytes]) -> int:
         return process.wait()
 
 
-def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        port: int = listener.getsockname()[1]
-        return port
-
-
 def create_models(url: str) -> None:
     with httpx.Client(base_url=url, timeout=START, trust_env=False) as client:
         for model, (file, fields) in MODELS.items():
@@ -189,6 +195,16 @@ def body(text: str, tokens: int = 12, **fields: Any) -> dict[str, Any]:
     v1 = {"temperature": 0, "seed": 7, "max_tokens": tokens}
     messages = [{"role": "user", "content": text}]
     return {"model": "tiny", "messages": messages, "options": options, **v1, **fields}
+
+
+def shared(value: Any) -> Any:
+    """Return what a client got without what no two answers share; a stream as a list."""
+    if isinstance(value, BaseModel):
+        value = value.model_dump()
+    if isinstance(value, dict):
+        kept = {k: v for k, v in value.items() if k not in OWN and not k.endswith("_duration")}
+        return {k: shared(v) for k, v in kept.items() if "cmpl-" not in str(v)[:9]}
+    return [shared(v) for v in value] if isinstance(value, (list, Iterator)) else value
 
 
 def tokens_read(answer: httpx.Response) -> int:

@@ -18,7 +18,7 @@ from pathlib import Path
 import httpx
 import pytest
 
-from tests.integration.conftest import HERE
+from tests.integration.conftest import HERE, environment, run_ollama
 
 termios = pytest.importorskip("termios", reason="needs a pseudo-terminal")
 
@@ -72,21 +72,9 @@ def folder(home: Path) -> Path:
     return home
 
 
-def environment(folder: Path, url: str) -> dict[str, str]:
-    return {"PATH": os.environ["PATH"], "HOME": str(folder), "OLLAMA_HOST": url, "TERM": "xterm"}
-
-
 def run(binary: str, folder: Path, url: str, *arguments: str) -> Outcome:
     """Return the exit status, the lines of the output and the last line of what went wrong."""
-    done = subprocess.run(
-        [binary, *arguments],
-        cwd=folder,
-        env=environment(folder, url),
-        stdin=subprocess.DEVNULL,
-        capture_output=True,
-        text=True,
-        timeout=PATIENCE,
-    )
+    done = run_ollama(binary, folder, url, *arguments)
     error = masked(done.stderr).splitlines()[-1:] if done.returncode else []
     output = masked(done.stdout)
     if arguments[0] == "ps":  # by the end of their stay, which two loaded at once may swap

@@ -1,7 +1,8 @@
 """Clients with a key: one that may do everything, one for a preset and an agent, a wrong one.
 
 `node/keys.mjs` and `python/keys.py` ask the same questions with one package after the other. The
-command `ollama` sends no key: a proxy beside it does.
+command `ollama` sends no key: a proxy beside it does. Coding clients must have one: where no keys
+are set, any will do.
 """
 
 from __future__ import annotations
@@ -19,10 +20,22 @@ from pathlib import Path
 import pytest
 
 import demo
-from tests.integration.conftest import CLOCK, HERE, INSTALL, UP, free_port, proxy, wait_for
+from tests.integration.conftest import HERE, INSTALL, proxy, run_ollama, wait_for
 from tests.integration.conftest import running as started
 from tests.support import running, turn, write_agent
+from tests.test_osp import free_port
 
+# Agents of which one changes what is asked, and one what is answered
+CLOCK = """
+class Clock(BaseAgent):
+    async def on_request(self, payload):
+        return add_context(payload, f"typed: {self.context.prompt!r}")
+"""
+UP = """
+class Up(BaseAgent):
+    async def on_response(self, response):
+        return response.upper()
+"""
 FREE, KIDS, WRONG = "osp-free-0123456789", "osp-kids-0123456789", "osp-none-0123456789"
 KEYS = {"free": {"key": FREE}, "kids": {"key": KIDS, "models": ["notes"], "agents": ["up"]}}
 PRESETS = {"notes": {"model": "demo", "agents": "/clock"}}
@@ -74,13 +87,18 @@ http://127.0.0.1:<PORT> {
 
 
 @pytest.fixture
-async def url(plugins: Path) -> AsyncIterator[str]:
-    """A proxy with two keys, a preset and two agents, before a stand-in for Ollama."""
+def agents(plugins: Path) -> Path:
     write_agent(plugins, "clock", CLOCK)
     write_agent(plugins, "up", UP)
+    return plugins
+
+
+@pytest.fixture
+async def url(agents: Path) -> AsyncIterator[str]:
+    """A proxy with two keys, a preset and two agents, before a stand-in for Ollama."""
     async with (
         demo.serve(demo.create_app()) as upstream,
-        running(upstream, plugins, keys=KEYS, presets=PRESETS) as client,
+        running(upstream, agents, keys=KEYS, presets=PRESETS) as client,
     ):
         client.headers["x-api-key"] = FREE
         async with asyncio.timeout(10):
@@ -168,6 +186,19 @@ async def test_python_packages_come_in_with_a_key(python_packages: Path, url: st
     await check_packages(command, url, python_packages, count=15)
 
 
+async def ask_coding_client(
+    command: Path, client: str, folder: Path, **values: str
+) -> tuple[int | None, str]:
+    (folder / ".codex").mkdir()
+    for name, text in FILES.items():
+        (folder / name).write_text(filled(text, values), encoding="utf-8")
+    environ = {"HOME": str(folder), "CODEX_HOME": str(folder / ".codex")}
+    environ |= {"ANTHROPIC_BASE_URL": values["URL"], "ANTHROPIC_API_KEY": values["KEY"]}
+    environ |= {"CLAUDE_CODE_DISABLE_NONESSENTIAL_TRAFFIC": "1", "OSP_SECRET": values["KEY"]}
+    flags = [filled(part, values) for part in COMMANDS[client]]
+    return await output([command, *flags], folder, **environ)
+
+
 @pytest.mark.parametrize("question", ["limited", "unknown", "agent"])
 @pytest.mark.parametrize("client", COMMANDS)
 async def test_coding_clients_come_in_with_a_key(
@@ -175,17 +206,28 @@ async def test_coding_clients_come_in_with_a_key(
 ) -> None:
     key, model, prompt, _ = QUESTIONS[question]
     values = {"URL": url, "KEY": key, "MODEL": model, "PROMPT": prompt}
-    (tmp_path / ".codex").mkdir()
-    for name, text in FILES.items():
-        (tmp_path / name).write_text(filled(text, values), encoding="utf-8")
-    environ = {"HOME": str(tmp_path), "CODEX_HOME": str(tmp_path / ".codex"), "OSP_SECRET": key}
-    environ |= {"ANTHROPIC_BASE_URL": url, "ANTHROPIC_API_KEY": key}
-    environ |= {"CLAUDE_CODE_DISABLE_NONESSENTIAL_TRAFFIC": "1"}
-    flags = [filled(part, values) for part in COMMANDS[client]]
 
-    status, printed = await output([coding(client), *flags], tmp_path, **environ)
+    status, printed = await ask_coding_client(coding(client), client, tmp_path, **values)
 
     check(client, question, f"!{printed}" if status else printed)
+
+
+@pytest.mark.parametrize(("client", "blank"), [("claude", " "), ("codex", "")])
+async def test_where_there_are_no_keys_a_coding_client_sends_any(
+    coding: Callable[[str], Path],
+    demo_url: str,
+    agents: Path,
+    tmp_path: Path,
+    client: str,
+    blank: str,
+) -> None:
+    values = {"KEY": "x", "MODEL": "demo", "PROMPT": f"{blank}/clock /up what day is it?"}
+
+    async with running(demo_url, agents) as proxy:
+        values["URL"] = str(proxy.base_url).rstrip("/")
+        _, printed = await ask_coding_client(coding(client), client, tmp_path, **values)
+
+    assert "TYPED: 'WHAT DAY IS IT?'\n\nWHAT DAY IS IT?" in printed
 
 
 @contextmanager
@@ -206,13 +248,6 @@ def proxy_with_a_key(kind: str, far: str, folder: Path) -> Iterator[str]:
         yield f"http://127.0.0.1:{port}"
 
 
-def run_ollama(binary: str, folder: Path, url: str) -> tuple[int, str]:
-    environ = {"PATH": os.environ["PATH"], "HOME": str(folder), "OLLAMA_HOST": url}
-    command = [binary, "run", "tiny", "hello"]
-    done = subprocess.run(command, env=environ, capture_output=True, text=True, timeout=60)
-    return done.returncode, done.stdout or done.stderr
-
-
 @pytest.mark.parametrize("kind", ["osp", "caddy"])
 def test_the_command_ollama_comes_in_through_a_proxy_that_sends_the_key(
     binary: str, direct: str, tmp_path: Path, kind: str
@@ -223,9 +258,11 @@ def test_the_command_ollama_comes_in_through_a_proxy_that_sends_the_key(
     settings = f'[keys.laptop]\nkey = "{FREE}"\n'
 
     with proxy(far, direct, settings) as (url, _), proxy_with_a_key(kind, url, near) as own:
-        answered, refused = run_ollama(binary, near, own), run_ollama(binary, near, url)
+        answered, refused, expected = [
+            run_ollama(binary, near, at, "run", "tiny", "hello") for at in (own, url, direct)
+        ]
 
-    assert answered == run_ollama(binary, near, direct) and answered[0] == 0
-    assert refused[0] == 1 and "something went wrong" in refused[1]
+    assert answered.stdout == expected.stdout != "" and answered.returncode == 0
+    assert refused.returncode == 1 and "something went wrong" in refused.stderr
     logs = [file.read_text(encoding="utf-8") for file in tmp_path.glob("*/*.log")]
     assert '"user": "laptop"' in "".join(logs) and FREE not in "".join(logs)

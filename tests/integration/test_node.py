@@ -15,10 +15,9 @@ from typing import Any
 
 import pytest
 
-from tests.integration.conftest import HERE
+from tests.integration.conftest import HERE, shared
 
 SCENARIOS = re.findall(r'^  "(.*?)":', (HERE / "node" / "client.mjs").read_text("utf-8"), re.M)
-OWN = {"created", "created_at", "modified_at", "expires_at", "id"}  # beside durations
 ABORTED = {"ollama": "AbortError", "openai": "ended quietly"}
 
 Seen = dict[str, dict[str, Any]]
@@ -36,14 +35,6 @@ def run(folder: Path, url: str) -> Seen:
     done = subprocess.run(command, cwd=folder, env=environ, capture_output=True, timeout=120)
     assert done.returncode == 0, done.stderr
     return {name: shared(value) for name, value in json.loads(done.stdout).items()}
-
-
-def shared(value: Any) -> Any:
-    """Return a value without what no two answers share."""
-    if isinstance(value, dict):
-        kept = {k: v for k, v in value.items() if k not in OWN and not k.endswith("_duration")}
-        return {k: shared(v) for k, v in kept.items()}
-    return [shared(v) for v in value] if isinstance(value, list) else value
 
 
 @pytest.mark.parametrize("scenario", SCENARIOS)

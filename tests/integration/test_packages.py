@@ -5,14 +5,14 @@ Their asynchronous clients, which send the same, are those of tests/test_sdks.py
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from operator import attrgetter
 from typing import Any
 
 import ollama
 import openai
 import pytest
-from pydantic import BaseModel
+
+from tests.integration.conftest import shared
 
 SAME = {"temperature": 0, "seed": 7, "num_predict": 12}
 STORY = [{"role": "user", "content": "tell me a story"}]
@@ -36,7 +36,6 @@ CALLS: list[tuple[str, str, dict[str, Any]]] = [
     ("openai", "models.retrieve", {"model": "tiny"}),
 ]
 NOT_FOUND = {"ollama": ollama.ResponseError, "openai": openai.NotFoundError}
-OWN = {"created", "created_at", "expires_at"}  # beside durations and the number of an answer
 
 
 def ask(package: str, url: str, method: str, fields: dict[str, Any]) -> Any:
@@ -46,15 +45,6 @@ def ask(package: str, url: str, method: str, fields: dict[str, Any]) -> Any:
         client = openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0)
     with client:
         return shared(attrgetter(method)(client)(**fields))
-
-
-def shared(value: Any) -> Any:
-    if isinstance(value, BaseModel):
-        value = value.model_dump()
-    if isinstance(value, dict):
-        kept = {k: v for k, v in value.items() if k not in OWN and not k.endswith("_duration")}
-        return {k: shared(v) for k, v in kept.items() if "cmpl-" not in str(v)[:9]}
-    return [shared(v) for v in value] if isinstance(value, (list, Iterator)) else value
 
 
 @pytest.mark.parametrize(("package", "method", "fields"), CALLS)
