@@ -50,7 +50,7 @@ class Hangs(BaseAgent):
 
 @dataclass
 class Proxy:
-    """A running osp.py, and what it has said on stderr so far."""
+    """A running osp.py or another program, and what it has said on stderr so far."""
 
     process: Process
     lines: list[str] = field(default_factory=list)
@@ -93,6 +93,20 @@ class Proxy:
 
 
 @asynccontextmanager
+async def spawning(*command: str | Path, **options: Any) -> AsyncIterator[Proxy]:
+    """Run a program in a session of its own, so that its processes can all be stopped."""
+    process = await asyncio.create_subprocess_exec(
+        *command, **{"stderr": PIPE, **options}, start_new_session=True
+    )
+    try:
+        yield Proxy(process)
+    finally:
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        await process.wait()
+
+
+@asynccontextmanager
 async def starting(
     *flags: str,
     script: Path = HOME / "osp.py",
@@ -101,21 +115,10 @@ async def starting(
     pass_fds: Collection[int] = (),
     python: Path = Path(sys.executable),
 ) -> AsyncIterator[Proxy]:
-    """Start osp.py on any free port and without agents, if `flags` and `env` say nothing else.
-
-    It has a session of its own, so that its processes can all be stopped.
-    """
+    """Start osp.py on any free port and without agents, if `flags` and `env` say nothing else."""
     env = {**CLEAN, "OSP_SERVER_PORT": "0", "OSP_PLUGINS": "off", "PYTHONPATH": "", **env}
-    command = [str(python), str(script), *flags]
-    process = await asyncio.create_subprocess_exec(
-        *command, cwd=cwd, env=env, stderr=PIPE, start_new_session=True, pass_fds=pass_fds
-    )
-    try:
-        yield Proxy(process)
-    finally:
-        with suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
-        await process.wait()
+    async with spawning(python, script, *flags, cwd=cwd, env=env, pass_fds=pass_fds) as proxy:
+        yield proxy
 
 
 def with_agents(plugins: Path) -> Mapping[str, str]:

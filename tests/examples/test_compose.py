@@ -1,4 +1,7 @@
-"""examples/compose-open-webui: its form, what it tells the proxy, and what that makes of it."""
+"""examples/compose-open-webui: its form, what it tells the proxy, and what that makes of it.
+
+The form is also that of examples/scale-out.
+"""
 
 from __future__ import annotations
 
@@ -24,9 +27,11 @@ SERVICES: dict[str, dict[str, Any]] = yaml.safe_load(FILE.read_text())["services
 ENVIRONMENT = SERVICES["osp"]["environment"]
 
 
-def test_it_is_what_the_compose_specification_allows() -> None:
-    command = ["-m", "check_jsonschema", "--builtin-schema", "vendor.compose-spec", str(FILE)]
-    done = subprocess.run([sys.executable, *command], capture_output=True, text=True)
+@pytest.mark.parametrize("example", ["compose-open-webui", "scale-out"])
+def test_it_is_what_the_compose_specification_allows(example: str) -> None:
+    command = ["-m", "check_jsonschema", "--builtin-schema", "vendor.compose-spec"]
+    file = str(HOME / "examples" / example / "compose.yaml")
+    done = subprocess.run([sys.executable, *command, file], capture_output=True, text=True)
 
     assert done.returncode == 0, done.stdout
 

@@ -11,8 +11,6 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from asyncio import create_subprocess_exec
-from asyncio.subprocess import PIPE
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
 from functools import partial
@@ -24,7 +22,7 @@ from anyio import to_thread
 
 from kernel.config import HOME, ServerConfig
 from tests.support import said, turn
-from tests.test_osp import Proxy, free_port
+from tests.test_osp import Proxy, free_port, spawning
 
 FOLDER = HOME / "examples" / "container"
 FILE = FOLDER / "Containerfile"
@@ -102,13 +100,8 @@ async def serving(root: Path) -> AsyncIterator[tuple[Proxy, dict[str, Any]]]:
     user = {"user": USER, "group": USER, "extra_groups": []} if os.getuid() == 0 else {}
     options: dict[str, Any] = {"cwd": root / "osp", "env": env, **user}
     start = [*json.loads(value("ENTRYPOINT")), "--demo", "0"]
-    process = await create_subprocess_exec(*start, stderr=PIPE, **options)
-    try:
-        yield Proxy(process), options
-    finally:
-        if process.returncode is None:
-            process.kill()
-            await process.wait()
+    async with spawning(*start, **options) as proxy:
+        yield proxy, options
 
 
 async def test_it_serves_as_a_user_who_can_write_only_the_data(root: Path) -> None:

@@ -5,11 +5,8 @@ from __future__ import annotations
 import os
 import re
 import shutil
-import signal
 import ssl
 import subprocess
-from asyncio import create_subprocess_exec
-from asyncio.subprocess import PIPE
 from collections.abc import AsyncIterator, Callable
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from functools import partial
@@ -22,7 +19,7 @@ import pytest
 
 from kernel.config import HOME
 from tests.support import FakeOllama, done, line, running, said, turn
-from tests.test_osp import Proxy, free_port
+from tests.test_osp import free_port, spawning
 
 EXAMPLES = HOME / "examples"
 NAME = "ollama.example.org"
@@ -36,11 +33,16 @@ def nginx(proxy: str, port: int, folder: Path) -> tuple[list[str], str]:
     site = site.replace("127.0.0.1:11435", proxy).replace("/etc/ssl", str(folder))
     site = site.replace("listen 443", f"listen 127.0.0.1:{port}")
     site = site.replace("listen 80;", f"listen unix:{folder}/80;")
+    return nginx_of(site, folder), "start worker process"
+
+
+def nginx_of(site: str, folder: Path) -> list[str]:
+    """Write what a site needs around it; return the command that serves it."""
     kinds = ("client_body", "proxy", "fastcgi", "uwsgi", "scgi")
     temps = "".join(f"{kind}_temp_path {folder}/{kind};" for kind in kinds)
     head = f"daemon off; pid {folder}/pid; error_log stderr notice; events {{}}"
     (folder / "nginx.conf").write_text(f"{head} http {{ access_log off; {temps}\n{site}}}")
-    return ["nginx", "-e", "stderr", "-c", f"{folder}/nginx.conf"], "start worker process"
+    return ["nginx", "-e", "stderr", "-c", f"{folder}/nginx.conf"]
 
 
 def caddy(proxy: str, port: int, folder: Path) -> tuple[list[str], str]:
@@ -67,11 +69,8 @@ async def behind(
     async with running(upstream, plugins, **sections) as direct:
         command, ready = program(direct.base_url.netloc.decode(), port, folder)
         home = {name: str(folder) for name in ("HOME", "XDG_DATA_HOME", "XDG_CONFIG_HOME")}
-        process = await create_subprocess_exec(
-            *command, env=os.environ | home, stderr=PIPE, start_new_session=True
-        )
-        try:
-            await Proxy(process).says(ready)
+        async with spawning(*command, env=os.environ | home) as process:
+            await process.says(ready)
             async with httpx.AsyncClient(
                 base_url=f"https://127.0.0.1:{port}",
                 headers={"host": NAME},
@@ -79,9 +78,6 @@ async def behind(
                 event_hooks={"request": [name]},
             ) as client:
                 yield client
-        finally:
-            os.killpg(process.pid, signal.SIGKILL)  # nginx has workers
-            await process.communicate()
 
 
 @pytest.fixture(params=[nginx, caddy])

@@ -20,7 +20,7 @@ import pytest
 from kernel.config import HOME
 from kernel.metrics import HELP
 from tests.support import turn, write_agent
-from tests.test_osp import LIMIT, Proxy, free_port, starting, with_agents
+from tests.test_osp import LIMIT, free_port, spawning, starting, with_agents
 
 FOLDER = HOME / "examples" / "grafana"
 DASHBOARD = json.loads((FOLDER / "dashboard.json").read_text())
@@ -131,14 +131,12 @@ async def prometheus(config: str, folder: Path) -> AsyncIterator[httpx.AsyncClie
     assert b"SUCCESS" in (await checked.communicate())[0] and checked.returncode == 0
     flags = f"--config.file={file} --storage.tsdb.path={folder}/tsdb"
     listen = f"--web.listen-address=127.0.0.1:{port}"
-    process = await create_subprocess_exec("prometheus", *flags.split(), listen, stderr=PIPE)
-    try:
-        await Proxy(process).says("Server is ready to receive web requests.")
-        async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}") as client:
-            yield client
-    finally:
-        process.kill()
-        await process.communicate()
+    async with (
+        spawning("prometheus", *flags.split(), listen) as process,
+        httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}") as client,
+    ):
+        await process.says("Server is ready to receive web requests.")
+        yield client
 
 
 async def query(server: httpx.AsyncClient, expression: str) -> list[Any]:

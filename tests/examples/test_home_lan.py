@@ -17,7 +17,7 @@ from anyio import to_thread
 
 from kernel.config import HOME
 from tests.support import FakeOllama
-from tests.test_osp import CLEAN, Proxy, free_port, starting
+from tests.test_osp import CLEAN, free_port, spawning, starting
 
 FOLDER = HOME / "examples" / "home-lan"
 README = (FOLDER / "README.md").read_text()
@@ -86,9 +86,8 @@ async def test_the_command_ollama_gets_in_through_caddy(
         text = text.replace("pi.local:11435", client.base_url.netloc.decode())
         caddyfile.write_text("{\nadmin off\n}\n" + text.replace("localhost:11434", "localhost:0"))
         env = os.environ | {"OSP_KEY": key, "HOME": str(file.parent), "OLLAMA_HOST": local}
-        at = await create_subprocess_exec(*CADDY.split(), cwd=file.parent, env=env, stderr=PIPE)
-        try:
-            await Proxy(at).says("serving initial configuration")
+        async with spawning(*CADDY.split(), cwd=file.parent, env=env) as process:
+            await process.says("serving initial configuration")
             listed = await create_subprocess_exec("ollama", "list", env=env, stdout=PIPE)
             names, _ = await listed.communicate()
             foreign = httpx.AsyncClient(
@@ -96,9 +95,6 @@ async def test_the_command_ollama_gets_in_through_caddy(
             )
             async with foreign:
                 assert (await foreign.get("/api/tags")).content == b""
-        finally:
-            at.kill()
-            await at.communicate()
 
     assert b"demo:latest" in names
 

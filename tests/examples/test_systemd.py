@@ -13,14 +13,13 @@ import re
 import shutil
 import subprocess
 import sys
-from asyncio.subprocess import PIPE, create_subprocess_exec
 from pathlib import Path
 
 import httpx
 import pytest
 
 from kernel.config import HOME, load
-from tests.test_osp import CLEAN, LIMIT, Proxy, free_port
+from tests.test_osp import CLEAN, LIMIT, free_port, spawning
 
 FOLDER = HOME / "examples" / "systemd"
 README = (FOLDER / "README.md").read_text(encoding="utf-8")
@@ -98,20 +97,14 @@ async def test_what_was_installed_serves_with_its_settings_and_the_socket_it_is_
     (started,) = re.findall(r"(?m)^ExecStart=(.*)$", SERVICE)
     command = [f"{installed}{each}" if each[0] == "/" else each for each in started.split()]
     env = {**CLEAN, "OSP_SERVER_DATA": str(tmp_path)}
-    process = await create_subprocess_exec(
-        activate, f"--listen={address}", *(f"--setenv={k}={v}" for k, v in env.items()), *command,
-        stderr=PIPE, env=env, cwd=tmp_path,
-    )  # fmt: skip
-    proxy = Proxy(process)
-    await proxy.says("Listening on")
-    try:
+    flags = [f"--listen={address}", *(f"--setenv={k}={v}" for k, v in env.items())]
+
+    async with spawning(activate, *flags, *command, env=env, cwd=tmp_path) as proxy:
+        await proxy.says("Listening on")
         async with httpx.AsyncClient(base_url=f"http://{address}", timeout=LIMIT) as client:
             answer = await client.get("/health?live")  # the first connection starts it
             listed = (await client.get("/plugins")).json()["plugins"]
         status = await proxy.stop()
-    finally:
-        if process.returncode is None:
-            process.kill()
 
     assert answer.status_code == 200 and status == 0
     assert str(installed / "etc/osp/osp.toml") in await proxy.says('"event": "settings"')
