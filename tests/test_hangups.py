@@ -9,6 +9,7 @@ from typing import Any, TypeAlias
 
 import pytest
 
+from tests import support
 from tests.support import DONE, done, event, line, turn
 from tests.test_faults import (
     CHUNKED,
@@ -146,14 +147,9 @@ def streamed(path: str, *frames: bytes) -> bytes:
 
 
 def whole(path: str) -> bytes:
-    message = {"role": "assistant", "content": "some text"}
-    choices = [{"index": 0, "message": message, "finish_reason": "stop"}]
-    body = {"choices": choices} if path.startswith("/v1/") else {"message": message, "done": True}
-    data = json.dumps({"model": "m", **body}).encode()
-    return STATUS + b"Content-Type: application/json\r\nContent-Length: %d\r\n\r\n%s" % (
-        len(data),
-        data,
-    )
+    data = support.whole(CHATS[1] if path.startswith("/v1/") else CHATS[0], "some text")
+    head = b"Content-Type: application/json\r\nContent-Length: %d\r\n\r\n" % len(data)
+    return STATUS + head + data
 
 
 async def is_left(house: House, log: Watched, upstream: Holding, path: str) -> None:

@@ -17,15 +17,14 @@ import pytest
 
 from kernel.agent import Payload, prompt
 from kernel.dialects import Dialect, loads_once
-from kernel.dialects.every import DIALECTS
 from kernel.dialects.responses import repeated
 from kernel.editor import FrameSplitter
-from tests.support import running, write_agent
+from tests.support import BY_PATH, running, write_agent
+from tests.test_faults import body_after
 
 RECORDINGS: dict[str, Any] = json.loads(
     gzip.decompress((Path(__file__).parent / "recordings.json.gz").read_bytes())
 )
-BY_PATH = {dialect.path: dialect for dialect in DIALECTS}
 HOP_BY_HOP = ("connection", "transfer-encoding", "content-length", "x-request-id", "x-osp-agents")
 BROKEN = b"(the connection broke)"
 ENDS = (b'"done":true', b"[DONE]", b"message_stop", b"response.completed")
@@ -78,7 +77,7 @@ class Replay:
     async def __call__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         try:
             head = await reader.readuntil(b"\r\n\r\n")
-            body = await read_body(head, reader)
+            body = await body_after(reader, head)
             if not (head.startswith(b"GET ") and b"accept-encoding: identity" in head):
                 self.bodies.append(body)  # else the proxy asks for itself
             writer.write(raw_answer(self.answer, head.startswith(b"HEAD")))
@@ -87,15 +86,6 @@ class Replay:
             pass
         finally:
             writer.close()
-
-
-async def read_body(head: bytes, reader: asyncio.StreamReader) -> bytes:
-    lengths = [
-        int(line.partition(b":")[2])
-        for line in head.lower().split(b"\r\n")
-        if line.startswith(b"content-length:")
-    ]
-    return await reader.readexactly(lengths[0]) if lengths else b""
 
 
 def raw_answer(answer: Any, is_head: bool) -> bytes:
