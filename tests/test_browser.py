@@ -308,10 +308,7 @@ async def test_a_key_is_asked_for_sent_and_kept_for_this_tab_alone(
     browser: Browser, slow_url: str, agents: Path
 ) -> None:
     keys: dict[str, Any] = {"keys": {"me": {"key": "sesame"}}}
-    async with (
-        running(slow_url, agents, **keys) as client,
-        opened(browser, client, "401") as page,
-    ):
+    async with running(slow_url, agents, **keys) as client, opened(browser, client, "401") as page:
         for key, answer in [("wrong", "The proxy does not accept this key."), ("sesame", "Ollama")]:
             await page.get_by_label("This proxy needs a key").fill(key)
             await page.keyboard.press("Enter")

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import gzip
 import json
 import math
 import re
-import socket
 from collections.abc import AsyncIterator
 from itertools import groupby
 from operator import mul
-from pathlib import Path
 from typing import Any
 
 import anyio
@@ -20,6 +17,9 @@ import pytest
 from starlette.types import Receive, Scope, Send
 
 import demo
+from tests.support import CHAT, COMPLETIONS, MESSAGES, RESPONSES, message, parts
+from tests.test_osp import free_port
+from tests.test_recordings import RECORDINGS
 
 API, V1, TEXT = "application/json; charset=utf-8", "application/json", "text/plain"
 
@@ -36,9 +36,6 @@ async def client(url: str) -> AsyncIterator[httpx.AsyncClient]:
         yield client
 
 
-RECORDINGS = json.loads(
-    gzip.decompress((Path(__file__).parent / "recordings.json.gz").read_bytes())
-)
 FIXED = "type object status role stop_reason done_reason finish_reason message error done".split()
 FREE = "input arguments parameters context embedding embeddings created_at completed_at".split()
 
@@ -124,42 +121,28 @@ async def test_it_answers_as_ollama_was_seen_to_answer(
     assert frames(answer.text) == frames(expected["body"].replace("s-embed", "demo-embed"))
 
 
-SAID = [
-    {"role": "System", "content": "Brief."},
-    {"role": "user", "content": "  a \n\u2028<é🙂 ", "images": ["x"]},
-]
-PARTS = [{"type": "text", "text": "a"}, {"type": "image_url"}, {"type": "text", "text": "b"}]
+SAID = [message("System", "Brief."), message("user", "  a \n\u2028<é🙂 ", images=["x"])]
+PARTS = parts(COMPLETIONS, "a", {"type": "image_url"}, "b")
 BLOCKS = [
-    {"role": "user", "content": [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]},
-    {"role": "assistant", "content": [{"type": "tool_use", "id": "1", "name": "clock"}]},
-    {
-        "role": "user",
-        "content": [{"type": "tool_result", "content": [{"type": "text", "text": "noon"}]}],
-    },
+    message("user", parts(MESSAGES, "a", "b")),
+    message("assistant", [{"type": "tool_use", "id": "1", "name": "clock"}]),
+    message("user", [{"type": "tool_result", "content": parts(MESSAGES, "noon")}]),
 ]
 ITEMS = [
-    {"role": "user", "content": [{"type": "input_text", "text": "a"}, {"type": "input_image"}]},
+    message("user", parts(RESPONSES, "a", {"type": "input_image"})),
     {"type": "function_call", "name": "clock"},
     {"type": "function_call_output", "output": "noon"},
 ]
 READ: list[tuple[str, dict[str, Any], str]] = [
+    (CHAT, {"Messages": SAID}, "[system] Brief.\n[user]   a \n\u2028<é🙂  (1 image)"),
+    (COMPLETIONS, {"messages": [message("user", PARTS)]}, "[user] a b (1 image)"),
     (
-        "/api/chat",
-        {"Messages": SAID},
-        "[system] Brief.\n[user]   a \n\u2028<é🙂  (1 image)",
-    ),
-    (
-        "/v1/chat/completions",
-        {"messages": [{"role": "user", "content": PARTS}]},
-        "[user] a b (1 image)",
-    ),
-    (
-        "/v1/messages",
-        {"messages": BLOCKS, "max_tokens": 99, "system": [{"type": "text", "text": "Brief."}]},
+        MESSAGES,
+        {"messages": BLOCKS, "max_tokens": 99, "system": parts(MESSAGES, "Brief.")},
         "[system] Brief.\n[user] ab\n[assistant] (1 tool call)\n[tool] noon",
     ),
     (
-        "/v1/responses",
+        RESPONSES,
         {"input": ITEMS, "instructions": "Brief."},
         "[system] Brief.\n[user] a (1 image)\n[assistant] (1 tool call)\n[tool] noon",
     ),
@@ -242,8 +225,7 @@ async def test_a_taken_port_and_an_app_that_fails_to_start_are_errors(url: str) 
     with pytest.raises(OSError, match="in use"):
         async with demo.serve(demo.create_app(), port=int(url.rpartition(":")[2])):
             raise AssertionError("served on a port that is taken")
-    with socket.create_server(("127.0.0.1", 0)) as probe:
-        port = probe.getsockname()[1]
+    port = free_port()
     with pytest.raises(RuntimeError, match="failed to start"):
         async with demo.serve(broken, port=port):
             raise AssertionError("served an app that did not start")

@@ -19,16 +19,8 @@ pytestmark = pytest.mark.skipif(
 
 
 def soak(*flags: str) -> subprocess.CompletedProcess[str]:
-    command = [
-        sys.executable,
-        str(HOME / "bench/soak.py"),
-        "--clients",
-        "16",
-        "--seed",
-        "4",
-        *flags,
-    ]
-    return subprocess.run(command, capture_output=True, text=True)
+    command = [sys.executable, "bench/soak.py", *"--clients 16 --seed 4".split(), *flags]
+    return subprocess.run(command, cwd=HOME, capture_output=True, text=True)
 
 
 def test_nothing_grows_and_no_answer_is_wrong_while_all_goes_wrong_that_can() -> None:

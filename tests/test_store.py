@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import re
-import subprocess
-import sys
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
 from functools import partial
@@ -19,7 +17,8 @@ from psycopg import Connection
 from kernel.config import HOME
 from tests.postgres import Cluster
 from tests.support import CHAT, NOTICE, FakeOllama, chat, outcomes, running, said
-from tests.test_osp import CLEAN, Proxy, starting
+from tests.test_osp import Proxy, starting
+from tests.test_testkit import command
 
 QUESTION = "/remember what colour is my bike?"
 NOTED = "- my bike is red"
@@ -65,9 +64,9 @@ async def test_a_database_that_comes_and_goes_holds_no_chat(
 ) -> None:
     async with proxy(demo_url, plugins, database) as (process, client):
         assert "Connection refused" in await process.says("store does not answer yet")
-        for command in ("/remember that", "/cache"):
-            name = command.split()[0][1:]
-            assert (await ask(client, f"{command} hello")).endswith(NOTICE.format(name))
+        for typed in ("/remember that", "/cache"):
+            name = typed.split()[0][1:]
+            assert (await ask(client, f"{typed} hello")).endswith(NOTICE.format(name))
         stopped.start()
         assert await ask(client, "/remember that my bike is red") == "Noted as 1: my bike is red"
         stopped.stop()
@@ -125,9 +124,7 @@ async def test_a_database_that_is_slow_costs_a_chat_no_more_than_the_hooks_time(
 def test_looking_agents_over_touches_no_store_of_the_proxies(
     plugins: Path, database: str, postgres: Cluster
 ) -> None:
-    env = {**CLEAN, "OSP_PLUGINS_DIRS": str(plugins), "OSP_SERVER_STORE": database}
-    command = [sys.executable, "testkit.py", "check"]
-    done = subprocess.run(command, cwd=HOME, env=env, capture_output=True, text=True, timeout=60)
+    done = command("check", OSP_PLUGINS_DIRS=str(plugins), OSP_SERVER_STORE=database)
 
     assert done.stdout == "ok       cache\nok       remember\n"
     made = postgres.execute("SELECT nspname FROM pg_namespace", database.rpartition("/")[2])

@@ -16,6 +16,7 @@ from kernel.dialects.every import DIALECTS
 from testkit import answer_of, ask
 from tests.slices.test_tools import chunks, recorded
 from tests.support import RESPONSES, chat, write_agent
+from tests.test_osp import CLEAN
 
 SHOUT = """
 class Shout(BaseAgent):
@@ -226,9 +227,9 @@ def test_an_agent_that_fails_fails_its_test(plugins: Path, code: str) -> None:
         ask(folder, "/it x")
 
 
-def command(*arguments: str, cwd: Path = HOME) -> subprocess.CompletedProcess[str]:
-    line = [sys.executable, str(HOME / "testkit.py"), *arguments]
-    return subprocess.run(line, cwd=cwd, capture_output=True, text=True, timeout=60)
+def command(*arguments: str, cwd: Path = HOME, **env: str) -> subprocess.CompletedProcess[str]:
+    line, env = [sys.executable, str(HOME / "testkit.py"), *arguments], CLEAN | env
+    return subprocess.run(line, cwd=cwd, env=env, capture_output=True, text=True, timeout=60)
 
 
 @pytest.fixture

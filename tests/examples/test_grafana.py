@@ -34,9 +34,7 @@ ENDS = {"counter": ("",), "gauge": ("",), "histogram": ("_bucket", "_sum", "_cou
 SERIES = {name + end: name for name, (kind, _, _) in HELP.items() for end in ENDS[kind]}
 HAS_TOOL = """
 class HasTool(BaseAgent):
-    async def on_request(self, payload):
-        self.tools = [{"name": "it", "description": "It.", "parameters": {"type": "object"}}]
-        return payload
+    tools = [{"name": "it"}]
     async def on_tool(self, name, arguments):
         return "ok"
 """
