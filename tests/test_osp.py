@@ -333,13 +333,11 @@ async def test_a_wrong_setting_ends_the_start_with_one_line(
 async def told(*arguments: str, **env: str) -> tuple[int, str, str]:
     """Run a command; return its exit status and what it said on stdout and stderr."""
     command = [sys.executable, str(HOME / "osp.py"), *arguments]
-    process = await asyncio.create_subprocess_exec(
-        *command, env={**CLEAN, **env}, stdout=PIPE, stderr=PIPE
-    )
-    with anyio.fail_after(LIMIT):
-        out, err = await process.communicate()
-    assert process.returncode is not None
-    return process.returncode, out.decode(), err.decode()
+    async with spawning(*command, env={**CLEAN, **env}, stdout=PIPE) as proxy:
+        with anyio.fail_after(LIMIT):
+            out, err = await proxy.process.communicate()
+    assert proxy.process.returncode is not None
+    return proxy.process.returncode, out.decode(), err.decode()
 
 
 async def test_an_unknown_flag_ends_the_start_with_what_is_known() -> None:
