@@ -119,12 +119,14 @@ async def test_who_leaves_in_the_moment_of_connecting_leaves_no_connection() -> 
         ended.append(reader)
 
     async with before(serve) as client:
-        for steps in range(40):
+        for steps in range(1000):  # a busy machine takes longer to find the address
             asking = asyncio.create_task(client.forward("GET", b"/", []))
             for _ in range(steps):
                 await asyncio.sleep(0)
             asking.cancel()
             await asyncio.wait({asking})
+            if len(came) > 9:
+                break
 
     assert came and ended == came
 
