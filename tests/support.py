@@ -17,7 +17,7 @@ from starlette.types import Receive, Scope, Send
 
 import demo
 import osp
-from kernel.config import Config, build
+from kernel.config import HOME, Config, build
 from kernel.dialects import AnswerState, Dialect
 from kernel.dialects.calls import ToolCall
 from kernel.dialects.every import DIALECTS
@@ -286,6 +286,11 @@ class House:
     def write(self, name: str, code: str, **config: Any) -> None:
         """Write an agent of which `code` is the class."""
         write_agent(self.plugins, name, code, **config)
+
+    def link(self, *names: str) -> None:
+        """Take agents that come with the project."""
+        for name in names:
+            (self.plugins / f"{name}_agent").symlink_to(HOME / f"plugins/{name}_agent")
 
     @property
     def sent(self) -> list[list[Any]]:

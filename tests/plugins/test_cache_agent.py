@@ -24,19 +24,17 @@ from tests.support import (
     COMPLETIONS,
     PATHS,
     FakeOllama,
+    House,
     chat,
     done,
     dumped,
     frames,
     line,
     outcomes,
-    running,
     said,
     whole,
-    write_agent,
 )
 
-PLUGINS = Path(__file__).parents[2] / "plugins"
 FILES = """
 class Files(BaseAgent):
     async def on_request(self, payload):
@@ -57,15 +55,16 @@ class Lookup(BaseAgent):
 
 
 @pytest.fixture
-def agents(plugins: Path) -> Path:
-    for name in ("cache", "translate"):
-        (plugins / f"{name}_agent").symlink_to(PLUGINS / f"{name}_agent")
-    write_agent(plugins, "files", FILES)
-    return plugins
+def agents(house: House) -> House:
+    house.link("cache", "translate")
+    house.write("files", FILES)
+    numbered(house)
+    return house
 
 
-def numbered(ollama: FakeOllama, text: str = "answer {}") -> None:
+def numbered(house: House, text: str = "answer {}") -> None:
     """Answer each request with its number, in its dialect and as it wants it."""
+    ollama = house.ollama
 
     async def prepare() -> None:
         asked = ollama.asked[-1]
@@ -92,30 +91,28 @@ async def ask(
 @pytest.mark.parametrize("first", [True, False])
 @pytest.mark.parametrize("second", [True, False])
 async def test_what_was_asked_before_is_answered_without_the_model(
-    ollama: FakeOllama, ollama_url: str, agents: Path, path: str, first: bool, second: bool
+    agents: House, path: str, first: bool, second: bool
 ) -> None:
-    ollama.says(path, "ans", "wer", stream=first)
+    agents.ollama.says(path, "ans", "wer", stream=first)
     frames_sent = frames(path, "ans", "wer") if first else [whole(path, "answer")]
 
-    async with running(ollama_url, agents) as client:
+    async with agents.open() as client:
         answer = await client.post(path, json=chat(path, "/cache hello", stream=first))
         again = await client.post(path, json=chat(path, "/cache hello", stream=second))
 
     assert answer.content == b"".join(frames_sent)  # the model's own, byte for byte
     assert (said(again.content), outcomes(again)) == ("answer", "cache;reply")
-    assert len(ollama.asked) == 1
+    assert len(agents.ollama.asked) == 1
 
 
-async def test_the_text_flows_while_it_is_kept(
-    ollama: FakeOllama, ollama_url: str, agents: Path
-) -> None:
-    ollama.answers(line("Hel"), ollama.pause, line("lo"), done())
+async def test_the_text_flows_while_it_is_kept(agents: House) -> None:
+    agents.ollama.answers(line("Hel"), agents.ollama.pause, line("lo"), done())
 
-    async with running(ollama_url, agents) as client:
+    async with agents.open() as client:
         async with client.stream("POST", CHAT, json=chat(CHAT, "/cache greet")) as response:
             chunks = response.aiter_raw()
             assert said(await anext(chunks)) == "Hel"
-            ollama.go.set()
+            agents.ollama.go.set()
             assert [said(chunk) async for chunk in chunks][0] == "lo"
         assert await ask(client, "/cache greet") == "Hello"
 
@@ -132,12 +129,11 @@ SYSTEM = {"role": "system", "content": "s"}
 @pytest.mark.parametrize("path", PATHS)
 @pytest.mark.parametrize("text", ["/cache /lookup hello", "/lookup /cache hello"])
 async def test_an_answer_for_which_a_tool_could_be_called_is_not_kept(
-    ollama: FakeOllama, ollama_url: str, agents: Path, path: str, text: str
+    agents: House, path: str, text: str
 ) -> None:
-    write_agent(agents, "lookup", LOOKUP)
-    numbered(ollama)
+    agents.write("lookup", LOOKUP)
 
-    async with running(ollama_url, agents) as client:
+    async with agents.open() as client:
         said = [await ask(client, text, path=path) for _ in range(2)]
 
     assert said == ["answer 1", "answer 2"]
@@ -167,30 +163,19 @@ async def test_an_answer_for_which_a_tool_could_be_called_is_not_kept(
     ],
 )
 async def test_only_the_same_request_gets_the_same_answer(
-    ollama: FakeOllama,
-    ollama_url: str,
-    agents: Path,
-    path: str,
-    one: dict[str, Any],
-    other: dict[str, Any],
-    second: int,
+    agents: House, path: str, one: dict[str, Any], other: dict[str, Any], second: int
 ) -> None:
-    numbered(ollama)
-
-    async with running(ollama_url, agents) as client:
+    async with agents.open() as client:
         said = [await ask(client, path=path, **fields) for fields in (one, other)]
 
     assert said == ["answer 1", f"answer {second}"]
 
 
-async def test_each_key_has_answers_of_its_own(
-    ollama: FakeOllama, ollama_url: str, agents: Path
-) -> None:
-    numbered(ollama)
+async def test_each_key_has_answers_of_its_own(agents: House) -> None:
     keys = ["one", "two", "one", "two"]
 
     named = {name: {"key": name} for name in ("one", "two")}
-    async with running(ollama_url, agents, keys=named) as client:
+    async with agents.open(keys=named) as client:
         said = [await ask(client, headers={"x-api-key": key}) for key in keys]
 
     assert said == ["answer 1", "answer 2", "answer 1", "answer 2"]
@@ -216,19 +201,15 @@ def cut_off(path: str) -> bytes:
     ],
 )
 async def test_an_answer_that_is_not_whole_is_not_kept(
-    ollama: FakeOllama,
-    ollama_url: str,
-    agents: Path,
-    path: str,
-    steps: Callable[[FakeOllama], list[Any]],
+    agents: House, path: str, steps: Callable[[FakeOllama], list[Any]]
 ) -> None:
     kind = "application/x-ndjson" if path == CHAT else "application/json"
-    ollama.answers(*steps(ollama), kind=kind)
+    agents.ollama.answers(*steps(agents.ollama), kind=kind)
     body = chat(path, "/cache hello", stream=path == CHAT)
-    async with running(ollama_url, agents) as client:
+    async with agents.open() as client:
         with suppress(httpx.RemoteProtocolError):
             assert "half" in (await client.post(path, json=body)).text
-        numbered(ollama)
+        numbered(agents)
 
         said = [await ask(client, path=path, stream=path == CHAT) for _ in range(2)]
 
@@ -236,17 +217,17 @@ async def test_an_answer_that_is_not_whole_is_not_kept(
 
 
 async def test_an_answer_that_the_client_left_or_that_is_an_error_is_not_kept(
-    ollama: FakeOllama, ollama_url: str, agents: Path
+    agents: House,
 ) -> None:
-    async with running(ollama_url, agents) as client:
-        ollama.answers(dumped({"error": "no"}), kind="application/json", status=404)
+    async with agents.open() as client:
+        agents.ollama.answers(dumped({"error": "no"}), kind="application/json", status=404)
         assert (await client.post(CHAT, json=chat(CHAT, "/cache hello"))).status_code == 404
-        ollama.answers(line("half"), ollama.pause, done())
+        agents.ollama.answers(line("half"), agents.ollama.pause, done())
         async with client.stream("POST", CHAT, json=chat(CHAT, "/cache hello")) as response:
             await anext(response.aiter_raw())
         async with asyncio.timeout(5):
-            await ollama.disconnected.wait()
-        numbered(ollama)
+            await agents.ollama.disconnected.wait()
+        numbered(agents)
 
         assert [await ask(client) for _ in range(2)] == ["answer 3", "answer 3"]
 
@@ -254,38 +235,29 @@ async def test_an_answer_that_the_client_left_or_that_is_an_error_is_not_kept(
 @pytest.mark.parametrize("path", PATHS)
 @pytest.mark.parametrize("stream", [True, False])
 async def test_with_a_translation_the_models_own_answer_is_kept(
-    ollama: FakeOllama, ollama_url: str, agents: Path, path: str, stream: bool
+    agents: House, path: str, stream: bool
 ) -> None:
-    numbered(ollama)
-
-    async with running(ollama_url, agents) as client:
+    async with agents.open() as client:
         for typed in ("/cache /translate:de", "/translate:de /cache"):
             text = await ask(client, f"{typed} hello", path, stream=stream)
-            assert text == f"answer {len(ollama.asked)}"
+            assert text == f"answer {len(agents.ollama.asked)}"
         assert await ask(client, "/cache hello", path, stream=stream) == "answer 1"
 
-    assert len(ollama.asked) == 3
+    assert len(agents.ollama.asked) == 3
 
 
 @pytest.mark.parametrize("typed", ["/files /cache", "/cache /files", "/files&/cache", "/files"])
-async def test_what_other_agents_added_is_part_of_the_question(
-    ollama: FakeOllama, ollama_url: str, agents: Path, typed: str
-) -> None:
-    numbered(ollama)
+async def test_what_other_agents_added_is_part_of_the_question(agents: House, typed: str) -> None:
     always = {"cache": {"always": "cache" not in typed}}
 
-    async with running(ollama_url, agents, agents=always) as client:
+    async with agents.open(agents=always) as client:
         said = [await ask(client, f"{command} hello") for command in (typed, "/cache") * 2]
 
     assert said == ["answer 1 (from a file)", "answer 2"] * 2
 
 
-async def test_what_is_explained_is_not_kept(
-    ollama: FakeOllama, ollama_url: str, agents: Path
-) -> None:
-    numbered(ollama)
-
-    async with running(ollama_url, agents) as client:
+async def test_what_is_explained_is_not_kept(agents: House) -> None:
+    async with agents.open() as client:
         explained = await ask(client, "/explain /cache hello")
         said = [await ask(client), await ask(client)]
 
@@ -304,7 +276,7 @@ class Kept:
 
 
 @pytest.fixture(params=["sqlite", "postgresql"])
-def kept(request: pytest.FixtureRequest, agents: Path) -> Kept:
+def kept(request: pytest.FixtureRequest, agents: House) -> Kept:
     if request.param == "postgresql":
         url = request.getfixturevalue("database")
         cluster = request.getfixturevalue("postgres")
@@ -312,19 +284,18 @@ def kept(request: pytest.FixtureRequest, agents: Path) -> Kept:
         return Kept({"store": url}, lambda sql: cluster.execute(sql.format("osp_cache."), name))
 
     def execute(sql: str) -> list[Any]:
-        with closing(sqlite3.connect(agents.parent / "data/cache/store.db")) as db, db:
+        with closing(sqlite3.connect(agents.plugins.parent / "data/cache/store.db")) as db, db:
             return db.execute(sql.format("")).fetchall()
 
     return Kept({}, execute)
 
 
 async def test_an_old_answer_and_one_from_the_future_are_not_given(
-    ollama: FakeOllama, ollama_url: str, agents: Path, kept: Kept
+    agents: House, kept: Kept
 ) -> None:
-    numbered(ollama)
     settings = {"cache": {"settings": {"max_age": 60}}}
 
-    async with running(ollama_url, agents, agents=settings, server=kept.server) as client:
+    async with agents.open(agents=settings, server=kept.server) as client:
         said = [await ask(client)]
         for later in (-30, -31, 3600):
             kept.execute(f"UPDATE {{}}answers SET made = made + {later}")
@@ -338,12 +309,11 @@ async def test_an_old_answer_and_one_from_the_future_are_not_given(
 
 @pytest.mark.parametrize("limit", [{"max_entries": 2}, {"max_bytes": 2 * len("answer 1")}])
 async def test_when_there_is_no_room_the_oldest_answer_goes(
-    ollama: FakeOllama, ollama_url: str, agents: Path, kept: Kept, limit: dict[str, int]
+    agents: House, kept: Kept, limit: dict[str, int]
 ) -> None:
-    numbered(ollama)
     settings = {"cache": {"settings": limit}}
 
-    async with running(ollama_url, agents, agents=settings, server=kept.server) as client:
+    async with agents.open(agents=settings, server=kept.server) as client:
         for text in ("/cache a", "/cache b", "/cache:fresh=true a", "/cache c"):
             await ask(client, text)
         said = [await ask(client, f"/cache {text}") for text in "acb"]
@@ -352,15 +322,14 @@ async def test_when_there_is_no_room_the_oldest_answer_goes(
 
 
 async def test_an_answer_that_is_too_large_is_not_kept_and_drives_no_other_out(
-    ollama: FakeOllama, ollama_url: str, agents: Path, kept: Kept
+    agents: House, kept: Kept
 ) -> None:
     # It has one byte more than there may be
     settings = {"cache": {"settings": {"max_bytes": len("answer 2 is large ä")}}}
 
-    async with running(ollama_url, agents, agents=settings, server=kept.server) as client:
-        numbered(ollama)
+    async with agents.open(agents=settings, server=kept.server) as client:
         await ask(client, "/cache small")
-        numbered(ollama, "answer {} is large ä")
+        numbered(agents, "answer {} is large ä")
         said = [await ask(client, f"/cache {text}") for text in ("large", "large", "small")]
 
     assert said == ["answer 2 is large ä", "answer 3 is large ä", "answer 1"]
@@ -368,65 +337,54 @@ async def test_an_answer_that_is_too_large_is_not_kept_and_drives_no_other_out(
 
 @pytest.mark.parametrize("damage", [Path.unlink, lambda file: shutil.rmtree(file.parent)])
 async def test_a_file_that_is_gone_is_made_anew(
-    ollama: FakeOllama, ollama_url: str, agents: Path, damage: Callable[[Path], Any]
+    agents: House, damage: Callable[[Path], Any]
 ) -> None:
-    numbered(ollama)
-
-    async with running(ollama_url, agents) as client:
+    async with agents.open() as client:
         said = [await ask(client)]
-        damage(agents.parent / "data/cache/store.db")
+        damage(agents.plugins.parent / "data/cache/store.db")
         said += [await ask(client) for _ in range(2)]
 
     assert said == ["answer 1", "answer 2", "answer 2"]
 
 
 @pytest.mark.parametrize("setting", ["max_age", "max_entries", "max_bytes"])
-async def test_a_limit_must_be_above_zero(ollama_url: str, agents: Path, setting: str) -> None:
+async def test_a_limit_must_be_above_zero(agents: House, setting: str) -> None:
     settings = {"settings": {setting: 0}}
 
-    async with running(ollama_url, agents, agents={"cache": settings}) as client:
+    async with agents.open(agents={"cache": settings}) as client:
         assert f"settings: {setting}: 0 must be above 0" in (await client.get("/plugins")).text
 
 
-async def test_two_proxies_share_what_they_keep(
-    ollama: FakeOllama, ollama_url: str, agents: Path, kept: Kept
-) -> None:
+async def test_two_proxies_share_what_they_keep(agents: House, kept: Kept) -> None:
     """They begin at once, fill the same entries at once, and share nothing else."""
-    numbered(ollama)
-    proxy = partial(running, ollama_url, agents, server=kept.server)
+    proxy = partial(agents.open, server=kept.server)
 
     async with proxy() as one, proxy() as two:
         both = [(client, f"/cache {n}") for n in range(10) for client in (one, two)]
         bodies = [(client, chat(CHAT, text)) for client, text in both]
         first = await asyncio.gather(*(c.post(CHAT, json=body) for c, body in bodies))
-        asked = len(ollama.asked)
+        asked = len(agents.ollama.asked)
         said = [await asyncio.gather(ask(one, text), ask(two, text)) for _, text in both]
 
     assert {outcomes(answer) for answer in first} <= {"cache;ok", "cache;reply"}
-    assert len(ollama.asked) == asked and all(first == second for first, second in said)
+    assert len(agents.ollama.asked) == asked and all(first == second for first, second in said)
     assert kept.execute("SELECT count(*) FROM {}answers") == [(10,)]
 
 
 @pytest.mark.skipif(os.name == "nt", reason="permissions are others here")
-async def test_its_files_are_the_owners_alone(
-    ollama: FakeOllama, ollama_url: str, agents: Path
-) -> None:
-    numbered(ollama)
-
-    async with running(ollama_url, agents) as client:
+async def test_its_files_are_the_owners_alone(agents: House) -> None:
+    async with agents.open() as client:
         await ask(client)
 
-    files = [*(agents.parent / "data/cache").iterdir()]
+    files = [*(agents.plugins.parent / "data/cache").iterdir()]
     assert {file.stat().st_mode & 0o777 for file in files} == {0o600}
 
 
-async def test_half_a_character_is_kept_as_it_came(
-    ollama: FakeOllama, ollama_url: str, agents: Path, kept: Kept
-) -> None:
+async def test_half_a_character_is_kept_as_it_came(agents: House, kept: Kept) -> None:
     half = b'{"message":{"role":"assistant","content":"<\\ud83d>"},"done":false}\n'
-    ollama.answers(half, done())
+    agents.ollama.answers(half, done())
 
-    async with running(ollama_url, agents, server=kept.server) as client:
+    async with agents.open(server=kept.server) as client:
         said = [await ask(client), await ask(client)]
 
-    assert said == ["<\ud83d>", "<\ud83d>"] and len(ollama.asked) == 1
+    assert said == ["<\ud83d>", "<\ud83d>"] and len(agents.ollama.asked) == 1

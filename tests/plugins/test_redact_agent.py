@@ -26,12 +26,11 @@ from kernel.registry import PluginRegistry
 from plugins.redact_agent.agent import Redact
 from tests.support import (
     BY_PATH,
-    FakeOllama,
     House,
     done,
-    event,
     frames,
     line,
+    message,
     running,
     said,
     turn,
@@ -578,10 +577,7 @@ def test_a_value_keeps_its_placeholder_in_all_rounds() -> None:
     tool = {"name": "look_up", "description": "Looks up bob@x.de"}
     agent, first = asked({"role": "user", "content": "bob@x.de, password: hunter2"}, tools=[tool])
     call = calling({"of": "[EMAIL_1]", "[EMAIL_1]": "EMAIL_1"}, content="[email_1] is [EMAIL_9]")
-    result = {
-        "role": "tool",
-        "content": "eve@x.de is the boss of bob@x.de, who types hunter2; [EMAIL_7]",
-    }
+    result = message("tool", "eve@x.de is the boss of bob@x.de, who types hunter2; [EMAIL_7]")
 
     second = go_on(agent, first, call, result, tools=[tool])
     third = go_on(agent, second, calling({"of": "[EMAIL_2]"}), result)
@@ -733,19 +729,11 @@ def test_a_value_that_holds_a_placeholder_is_not_hidden_once_more() -> None:
 
 
 def test_tools_that_come_later_are_searched() -> None:
-    mine, late = (
-        {"name": "a", "description": "of bob@x.de"},
-        {"name": "b", "description": "eve@x.de"},
-    )
-    agent, sent = asked({"role": "user", "content": "bob@x.de"}, tools=[mine])
-    payload = {
-        "model": "m",
-        "messages": sent,
-        "tools": [{"name": "a", "description": "of [EMAIL_1]"}],
-    }
+    tool = {"name": "a", "description": "of bob@x.de"}
+    agent, sent = asked({"role": "user", "content": "bob@x.de"}, tools=[tool])
+    tools = [tool | {"description": "of [EMAIL_1]"}, {"name": "b", "description": "eve@x.de"}]
 
-    payload["tools"].append(late)
-    tools = agent.on_request(payload)["tools"]
+    tools = agent.on_request({"model": "m", "messages": sent, "tools": tools})["tools"]
 
     assert [tool["description"] for tool in tools] == ["of [EMAIL_1]", "[EMAIL_2]"]
 
@@ -791,28 +779,9 @@ SIZE = 200_000
 NASTY = ["a@", "a@a.", "a.", "a'", "1", "1 ", "4111 ", "0", "00", "+1 ", "01 ", "030 ", "(0", "-"]
 NASTY += ["--", "--a", "--key", "key ", "key=", "password:", "password=a1", "key=aaaaaaaaaaaaaaa1 "]
 NASTY += ["://a:", "eyJ", "eyJaaaaaaaa.", "sk-a", "bearer ", "-----BEGIN PRIVATE KEY-----", "\\"]
-NASTY += [
-    "-----BEGIN ",
-    "DE89",
-    "DE89 ",
-    "tel ",
-    "tel: 1 ",
-    "Anna ",
-    "Anna  ",
-    "[",
-    "\\[",
-    "[EMAIL_",
-]
-NASTY += [
-    "x@yy.zz ",
-    "\u0301",
-    '="',
-    "123456789:",
-    " ",
-    "\n",
-    "[email_1]",
-    "DE89370400440532013001 ",
-]
+NASTY += ["-----BEGIN ", "DE89", "DE89 ", "DE89370400440532013001 ", "tel ", "tel: 1 ", "Anna "]
+NASTY += ["Anna  ", "[", "\\[", "[EMAIL_", "[email_1]", "x@yy.zz "]
+NASTY += ["\u0301", '="', "123456789:", " ", "\n"]
 
 
 @pytest.mark.parametrize("unit", [*NASTY, "values that begin alike", "a thousand names"])
@@ -859,6 +828,12 @@ def test_an_answer_that_comes_in_pieces_takes_no_longer_than_its_length() -> Non
 # Through the proxy
 
 
+@pytest.fixture
+def agents(house: House) -> House:
+    house.link("redact", "rag", "translate")
+    return house
+
+
 @pytest.mark.parametrize("path", PATHS)
 @pytest.mark.parametrize("stream", [True, False])
 @pytest.mark.parametrize(
@@ -878,41 +853,31 @@ async def test_the_answer_speaks_of_what_the_model_never_saw(
     assert "[EMAIL_1]" not in said(answer.content)
 
 
-@pytest.mark.parametrize("dialect", ["ollama", "openai"])
+@pytest.mark.parametrize("path", BY_PATH)
 @pytest.mark.parametrize("typed", ["/redact ", "/rag:k=1 /redact ", ""])
 async def test_the_model_sees_placeholders_and_the_client_does_not(
-    ollama: FakeOllama, ollama_url: str, tmp_path: Path, dialect: str, typed: str
+    agents: House, path: str, typed: str
 ) -> None:
-    ends: dict[str, Any]
-    if dialect == "ollama":
-        path, frames, ends = PATHS[0], [line("Hi [EM"), line("AIL_1"), line("]!"), done()], {}
-    else:
-        path, ends = PATHS[1], {"kind": "text/event-stream"}
-        frames = [event("Hi [EM"), event("AIL_1"), event("]!"), event(None, "stop")]
-    ollama.answers(*frames, **ends)
-    agents = {"redact": {"always": not typed}}
+    agents.ollama.says(path, "Hi [EM", "AIL_1", "]!")
 
-    async with running(ollama_url, PLUGINS, data=tmp_path, agents=agents) as client:
-        body = turn(f"{typed}I am bob@example.org", stream=True)
-        answer = await client.post(path, json=body)
+    async with agents.open(agents={"redact": {"always": not typed}}) as client:
+        answer = await agents.post(client, path, f"{typed}I am bob@example.org", stream=True)
 
     assert said(answer.content).partition("\n\n")[0] == "Hi bob@example.org!"
-    assert ollama.asked[0].json["messages"][-1]["content"].endswith("I am [EMAIL_1]")
-    assert b"bob@" not in ollama.asked[0].body
+    assert agents.sent[0][-1].endswith("I am [EMAIL_1]")
+    assert b"bob@" not in agents.ollama.asked[0].body
 
 
-async def test_a_translation_is_made_of_placeholders_too(
-    ollama: FakeOllama, ollama_url: str, tmp_path: Path
-) -> None:
+async def test_a_translation_is_made_of_placeholders_too(agents: House) -> None:
+    ollama = agents.ollama
+
     async def second() -> None:
         if len(ollama.asked) == 1:
             ollama.answers(done("Hallo [email_1]"), kind="application/json", before=second)
 
     ollama.answers(line("Hello [EMAIL_1]"), second, done())
 
-    async with running(ollama_url, PLUGINS, data=tmp_path) as client:
-        body = turn("/redact /translate:de I am bob@example.org", stream=True)
-        answer = await client.post("/api/chat", json=body)
+    answer = await agents.ask(PATHS[0], "/redact /translate:de I am bob@example.org", stream=True)
 
     assert said(answer.content) == "Hallo bob@example.org"
     assert len(ollama.asked) == 2 and not any(b"bob@" in asked.body for asked in ollama.asked)
@@ -937,27 +902,20 @@ async def test_structured_output_comes_back_as_json(
 
 
 @pytest.mark.parametrize("path", PATHS)
-async def test_a_refusal_is_an_error_of_the_dialect(
-    ollama: FakeOllama, ollama_url: str, tmp_path: Path, path: str
-) -> None:
-    async with running(ollama_url, PLUGINS, data=tmp_path) as client:
-        answer = await client.post(path, json=turn("/redact x", logprobs=True))
+async def test_a_refusal_is_an_error_of_the_dialect(agents: House, path: str) -> None:
+    answer = await agents.ask(path, "/redact x", logprobs=True)
 
     assert answer.status_code == 403
     assert "redact cannot restore an answer with logprobs" in answer.text
-    assert not ollama.asked
+    assert not agents.ollama.asked
 
 
-async def test_a_failure_sends_nothing_to_the_model(
-    ollama: FakeOllama, ollama_url: str, tmp_path: Path
-) -> None:
+async def test_a_failure_sends_nothing_to_the_model(agents: House) -> None:
     """Here it fails because it has no time at all."""
-    agents = {"redact": {"timeout": 1e-9}}
+    async with agents.open(agents={"redact": {"timeout": 1e-9}}) as client:
+        answer = await agents.post(client, PATHS[0], "/redact bob@example.org")
 
-    async with running(ollama_url, PLUGINS, data=tmp_path, agents=agents) as client:
-        answer = await client.post("/api/chat", json=turn("/redact bob@example.org"))
-
-    assert answer.status_code == 500 and not ollama.asked
+    assert answer.status_code == 500 and not agents.ollama.asked
 
 
 async def test_values_are_neither_logged_nor_kept(
@@ -981,39 +939,37 @@ class Post(BaseAgent):
 
 @pytest.mark.parametrize(("path", "stream"), WAYS)
 async def test_the_tools_of_agents_get_values_and_the_model_gets_none(
-    house: House, path: str, stream: bool
+    agents: House, path: str, stream: bool
 ) -> None:
-    (house.plugins / "redact_agent").symlink_to(PLUGINS / "redact_agent")
-    house.write("post", POST)
+    agents.write("post", POST)
     text = "[EMAIL_2], [EMAIL_1]; [EMAIL_3]"
     end = b"".join(frames(path, *text)) if stream else whole(path, text)
-    house.ollama.says_in_turn(
+    agents.ollama.says_in_turn(
         path, answers(path, "Look: ", ("w", {"z": "[EMAIL_1]"}), stream=stream), end, stream=stream
     )
 
-    answer = await house.ask(path, "/redact /post write to bob@x.de", stream=stream)
+    answer = await agents.ask(path, "/redact /post write to bob@x.de", stream=stream)
 
     assert said(answer.content).endswith("eve@x.de, bob@x.de; [EMAIL_1]")
-    bodies = [asked.body for asked in house.ollama.asked]
+    bodies = [asked.body for asked in agents.ollama.asked]
     assert len(bodies) == 2 and not any(b"@x.de" in body for body in bodies)
     assert b"True: [EMAIL_2] is [EMAIL_1], says [EMAIL_3]" in bodies[1]
 
 
 @pytest.mark.parametrize(("path", "stream"), WAYS)
 async def test_the_clients_tools_get_values_and_the_model_gets_none(
-    house: House, path: str, stream: bool
+    agents: House, path: str, stream: bool
 ) -> None:
-    (house.plugins / "redact_agent").symlink_to(PLUGINS / "redact_agent")
     own = {"stream": stream, "tools": BY_PATH[path].offer([{"name": "w"}])}
-    house.ollama.says_in_turn(
+    agents.ollama.says_in_turn(
         path, answers(path, "Look: ", ("w", {"z": "[EMAIL_1]"}), stream=stream), stream=stream
     )
 
-    answer = await house.ask(path, "/redact write to bob@x.de", **own)
+    answer = await agents.ask(path, "/redact write to bob@x.de", **own)
 
     made = re.findall(rb'z\\?":\\?"([^"\\]*)', answer.content)
     assert made and {*made} == {b"bob@x.de"}
-    assert b"@x.de" not in house.ollama.asked[0].body
+    assert b"@x.de" not in agents.ollama.asked[0].body
 
 
 CASES = Path(__file__).with_name("redact_cases.txt").read_text(encoding="utf-8").splitlines()
