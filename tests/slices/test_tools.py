@@ -36,6 +36,7 @@ from tests.support import (
     line,
     message,
     outcomes,
+    parts,
     said,
 )
 from tests.test_recordings import RECORDINGS, raw
@@ -94,9 +95,8 @@ def check(path: str, body: bytes, stream: bool, *, counted: bool = True) -> None
         assert len({chunk["id"] for chunk in found}) == 1 and body.count(b"[DONE]") == 1
         roles = [chunk["choices"][0]["delta"].get("role") for chunk in found]
         assert roles == ["assistant", *[None] * (len(found) - 1)]
-        assert [chunk["choices"][0]["finish_reason"] for chunk in found].count(None) == len(
-            found
-        ) - 1
+        finishes = [chunk["choices"][0]["finish_reason"] for chunk in found]
+        assert finishes.count(None) == len(found) - 1
     elif path == MESSAGES:
         blocks = [chunk["index"] for chunk in found if chunk["type"] == "content_block_start"]
         stops = [chunk["index"] for chunk in found if chunk["type"] == "content_block_stop"]
@@ -128,60 +128,28 @@ def sums(path: str, stream: bool) -> list[int]:
     return [a + b for a, b in zip(first, second, strict=True)]
 
 
+LOOK, RAIN = "Let me look. ", "rain at 1"
+NATIVE = {"index": 0, "name": "w", "arguments": {"z": "1"}}
+TEXTUAL = {"name": "w", "arguments": '{"z":"1"}'}
+CALL = {"id": "ID", "index": 0, "type": "function", "function": TEXTUAL}
+USE = {"type": "tool_use", "id": "ID", "name": "w", "input": {"z": "1"}}
 CALLED: dict[str, Any] = {
     CHAT: [
-        {
-            "role": "assistant",
-            "content": "Let me look. ",
-            "tool_calls": [
-                {"id": "ID", "function": {"index": 0, "name": "w", "arguments": {"z": "1"}}}
-            ],
-        },
-        {"role": "tool", "content": "rain at 1", "tool_name": "w", "tool_call_id": "ID"},
+        message("assistant", LOOK, tool_calls=[{"id": "ID", "function": NATIVE}]),
+        message("tool", RAIN, tool_name="w", tool_call_id="ID"),
     ],
     COMPLETIONS: [
-        {
-            "role": "assistant",
-            "content": "Let me look. ",
-            "tool_calls": [
-                {
-                    "id": "ID",
-                    "index": 0,
-                    "type": "function",
-                    "function": {"name": "w", "arguments": '{"z":"1"}'},
-                }
-            ],
-        },
-        {"role": "tool", "tool_call_id": "ID", "content": "rain at 1"},
+        message("assistant", LOOK, tool_calls=[CALL]),
+        message("tool", RAIN, tool_call_id="ID"),
     ],
     MESSAGES: [
-        {
-            "role": "assistant",
-            "content": [
-                {"type": "text", "text": "Let me look. "},
-                {"type": "tool_use", "id": "ID", "name": "w", "input": {"z": "1"}},
-            ],
-        },
-        {
-            "role": "user",
-            "content": [{"type": "tool_result", "tool_use_id": "ID", "content": "rain at 1"}],
-        },
+        message("assistant", parts(MESSAGES, LOOK, USE)),
+        message("user", [{"type": "tool_result", "tool_use_id": "ID", "content": RAIN}]),
     ],
     RESPONSES: [
-        {
-            "type": "message",
-            "role": "assistant",
-            "content": [{"type": "output_text", "text": "Let me look. "}],
-        },
-        {
-            "type": "function_call",
-            "id": "FC",
-            "status": "completed",
-            "call_id": "ID",
-            "name": "w",
-            "arguments": '{"z":"1"}',
-        },
-        {"type": "function_call_output", "call_id": "ID", "output": "rain at 1"},
+        message("assistant", [{"type": "output_text", "text": LOOK}], type="message"),
+        {"type": "function_call", "id": "FC", "status": "completed", "call_id": "ID", **TEXTUAL},
+        {"type": "function_call_output", "call_id": "ID", "output": RAIN},
     ],
 }
 
@@ -224,6 +192,21 @@ class It(BaseAgent):
             raise Abort(418, "no tea")
         raise LookupError("no such city: Atlantis")
 """
+ASKS = """
+class It(BaseAgent):
+    tools = [{"name": "write", "consent": True}, {"name": "read"}]
+    async def on_tool(self, name, arguments):
+        return f"{name}: {arguments}"
+    async def on_response(self, response):
+        return response.upper()
+"""
+
+
+@pytest.fixture
+def agents(house: House) -> House:
+    house.write("all", TOOLS)
+    house.write("asks", ASKS)
+    return house
 
 
 def results(house: House, path: str = CHAT) -> list[str]:
@@ -252,19 +235,18 @@ async def say(
 
 @pytest.mark.parametrize(("path", "stream"), WAYS)
 async def test_rounds_with_calls_side_by_side_are_one_answer(
-    house: House, path: str, stream: bool
+    agents: House, path: str, stream: bool
 ) -> None:
-    house.write("all", TOOLS)
     rounds = [
         calling(path, "One. ", ("both", {"of": "x"}), ("both", {"of": "y"}), stream=stream),
         calling(path, "", ("add", {"a": 2, "b": 3}), stream=stream),
         calling(path, "Two.", stream=stream),
     ]
 
-    answer = await say(house, path, "/all go", *rounds, stream=stream)
+    answer = await say(agents, path, "/all go", *rounds, stream=stream)
 
-    assert said(answer.content) == "One. Two." and results(house, path) == ["x", "y", "5"]
-    assert outcomes(answer) == "all;ok" and len(house.ollama.asked) == 3
+    assert said(answer.content) == "One. Two." and results(agents, path) == ["x", "y", "5"]
+    assert outcomes(answer) == "all;ok" and len(agents.ollama.asked) == 3
     assert not called(path, answer.content)
 
 
@@ -286,23 +268,21 @@ async def test_the_model_is_told_what_a_tool_could_not_do(house: House) -> None:
 
 
 @pytest.mark.parametrize("arguments", ["7", "[]", '{"a":', '"x"'])
-async def test_arguments_that_are_no_object_are_told_too(house: House, arguments: str) -> None:
-    house.write("all", TOOLS)
+async def test_arguments_that_are_no_object_are_told_too(agents: House, arguments: str) -> None:
     broken = calling(COMPLETIONS, "", ("add", {})).replace(b'"{}"', json.dumps(arguments).encode())
 
-    await say(house, COMPLETIONS, "/all go", broken, calling(COMPLETIONS, "Sorry."))
+    await say(agents, COMPLETIONS, "/all go", broken, calling(COMPLETIONS, "Sorry."))
 
-    assert results(house, COMPLETIONS) == ["failed: the arguments are no JSON object"]
-    [made] = history(house, COMPLETIONS)[0]["tool_calls"]
+    assert results(agents, COMPLETIONS) == ["failed: the arguments are no JSON object"]
+    [made] = history(agents, COMPLETIONS)[0]["tool_calls"]
     assert made["function"]["arguments"] == "{}"  # Ollama refuses others
 
 
 @pytest.mark.parametrize("stream", [True, False])
-async def test_a_tool_may_abort_the_request(house: House, stream: bool) -> None:
-    house.write("all", TOOLS)
+async def test_a_tool_may_abort_the_request(agents: House, stream: bool) -> None:
     first = calling(CHAT, "Text", ("abort", {}), ("hang", {}), stream=stream)
 
-    answer = await say(house, CHAT, "/all go", first, stream=stream)
+    answer = await say(agents, CHAT, "/all go", first, stream=stream)
 
     assert answer.status_code == (200 if stream else 418) and b"no tea" in answer.content
     assert b'"done":true' not in answer.content
@@ -310,20 +290,18 @@ async def test_a_tool_may_abort_the_request(house: House, stream: bool) -> None:
 
 @pytest.mark.parametrize(("path", "stream"), WAYS)
 async def test_after_the_last_round_the_model_has_our_tools_no_more(
-    house: House, path: str, stream: bool
+    agents: House, path: str, stream: bool
 ) -> None:
-    house.write("all", TOOLS)
-    house.ollama.says_in_turn(path, calling(path, "", ("add", {}), stream=stream), stream=stream)
+    agents.ollama.says_in_turn(path, calling(path, "", ("add", {}), stream=stream), stream=stream)
 
-    async with house.open(chain={"rounds": 2}) as client:
-        answer = await house.post(client, path, "/all go", stream=stream)
+    async with agents.open(chain={"rounds": 2}) as client:
+        answer = await agents.post(client, path, "/all go", stream=stream)
 
-    assert ["tools" in asked.json for asked in house.ollama.asked] == [True, True, False]
+    assert ["tools" in asked.json for asked in agents.ollama.asked] == [True, True, False]
     assert said(answer.content) == "" and not re.search(rb'"tool_(use|calls)"', answer.content)
 
 
-async def test_calls_that_come_in_pieces_are_put_together(house: House) -> None:
-    house.write("all", TOOLS)
+async def test_calls_that_come_in_pieces_are_put_together(agents: House) -> None:
     pieces = [
         [{"index": 0, "id": "call_a", "function": {"name": "add", "arguments": '{"a":'}}],
         [{"index": 1, "id": "call_b", "function": {"name": "add", "arguments": ""}}],
@@ -331,16 +309,11 @@ async def test_calls_that_come_in_pieces_are_put_together(house: House) -> None:
         [{"index": 1, "function": {"arguments": '{"a":2,"b":2}'}}],
     ]
     first = b"".join(event(None, tool_calls=piece) for piece in pieces)
+    first += event(None, "tool_calls") + DONE
 
-    await say(
-        house,
-        COMPLETIONS,
-        "/all go",
-        first + event(None, "tool_calls") + DONE,
-        calling(COMPLETIONS, ""),
-    )
+    await say(agents, COMPLETIONS, "/all go", first, calling(COMPLETIONS, ""))
 
-    assert results(house, COMPLETIONS) == ["2", "4"]
+    assert results(agents, COMPLETIONS) == ["2", "4"]
 
 
 # The client's own tools
@@ -364,24 +337,23 @@ def called(path: str, body: bytes) -> list[ToolCall]:
 
 @pytest.mark.parametrize(("path", "stream"), WAYS)
 async def test_the_client_gets_its_own_calls_and_ours_are_made_when_it_comes_back(
-    house: House, path: str, stream: bool
+    agents: House, path: str, stream: bool
 ) -> None:
-    house.write("all", TOOLS)
     dialect, tools = BY_PATH[path], offered(path, "theirs")
     first = calling(path, "Wait. ", *MIXED, stream=stream)
 
-    answer = await say(house, path, "/all go", first, stream=stream, tools=tools)
+    answer = await say(agents, path, "/all go", first, stream=stream, tools=tools)
     [call] = called(path, answer.content)
 
     check(path, answer.content, stream, counted=False)
     assert said(answer.content) == "Wait. " and call.name == "theirs"
-    assert json.loads(call.arguments) == MIXED[1][1] and len(house.ollama.asked) == 1
+    assert json.loads(call.arguments) == MIXED[1][1] and len(agents.ollama.asked) == 1
     came_back = dialect.spoken("Wait. ", "", [call]) + dialect.results([(call, "found")])
-    house.ollama.says_in_turn(path, calling(path, "Done.", stream=stream), stream=stream)
+    agents.ollama.says_in_turn(path, calling(path, "Done.", stream=stream), stream=stream)
     history = wired(path, came_back)
-    answer = await house.ask(path, "/all go", *history, stream=stream, tools=tools)
-    assert said(answer.content) == "Done." and results(house, path) == ["found", "2", "4"]
-    assert "_osp_" not in json.dumps(house.ollama.asked[-1].json)
+    answer = await agents.ask(path, "/all go", *history, stream=stream, tools=tools)
+    assert said(answer.content) == "Done." and results(agents, path) == ["found", "2", "4"]
+    assert "_osp_" not in json.dumps(agents.ollama.asked[-1].json)
 
 
 def wired(path: str, messages: list[Any]) -> list[Any]:
@@ -391,20 +363,16 @@ def wired(path: str, messages: list[Any]) -> list[Any]:
     return sent
 
 
-async def test_calls_that_came_back_are_made_once_and_old_ones_never(house: House) -> None:
-    house.write("all", TOOLS)
-    answer = await say(house, CHAT, "/all go", calling(CHAT, "", *MIXED))
+async def test_calls_that_came_back_are_made_once_and_old_ones_never(agents: House) -> None:
+    answer = await say(agents, CHAT, "/all go", calling(CHAT, "", *MIXED))
     [call] = called(CHAT, answer.content)
     step = [*Dialect().spoken("", "", [call]), *Dialect().results([(call, "found")])]
     again = ToolCall("theirs", "{}")
     later = [*Dialect().spoken("", "", [again]), *Dialect().results([(again, "more")])]
 
-    await say(house, CHAT, "/all go", calling(CHAT, "Done."), history=[*step, *later])
-    assert results(house) == ["found", "more"]
-    await say(
-        house, CHAT, "/all go", calling(CHAT, "Done."), history=[*step, message("user", "so?")]
-    )
-    assert results(house) == ["found"]
+    for more, told in ((later, ["found", "more"]), ([message("user", "so?")], ["found"])):
+        await say(agents, CHAT, "/all go", calling(CHAT, "Done."), history=[*step, *more])
+        assert results(agents) == told
 
 
 def packed(value: Any) -> str:
@@ -416,177 +384,150 @@ PACKED = ["", "x", "eJw", "A" * 99, "eJyLjgUAARUAuQ", *map(packed, STRANGE)]
 
 
 @pytest.mark.parametrize("data", PACKED)
-async def test_what_an_id_carries_may_be_anything(house: House, data: str) -> None:
-    house.write("all", TOOLS)
+async def test_what_an_id_carries_may_be_anything(agents: House, data: str) -> None:
     call = ToolCall("theirs", "{}", f"call_1_osp_{data}")
     step = [*Dialect().spoken("", "", [call]), *Dialect().results([(call, "found")])]
 
-    answer = await say(house, CHAT, "/all go", calling(CHAT, "Done."), history=step)
+    answer = await say(agents, CHAT, "/all go", calling(CHAT, "Done."), history=step)
 
-    assert said(answer.content) == "Done." and results(house)[0] == "found"
+    assert said(answer.content) == "Done." and results(agents)[0] == "found"
 
 
 @pytest.mark.parametrize("path", PATHS)
 async def test_a_name_of_the_clients_stays_and_ours_gets_the_agents_before_it(
-    house: House, path: str
+    agents: House, path: str
 ) -> None:
-    house.write("all", TOOLS)
-    house.write("other", TOOLS)
+    agents.write("other", TOOLS)
     calls = [("all_add", {"a": 1, "b": 1}), ("other_add", {"a": 2, "b": 2})]
+    rounds = calling(path, "", *calls), calling(path, "Done.")
 
-    await say(
-        house,
-        path,
-        "/all /other go",
-        calling(path, "", *calls),
-        calling(path, "Done."),
-        tools=offered(path, "add"),
-    )
+    await say(agents, path, "/all /other go", *rounds, tools=offered(path, "add"))
 
-    tools = house.ollama.asked[0].json["tools"]
+    tools = agents.ollama.asked[0].json["tools"]
     names = [tool.get("function", tool)["name"] for tool in tools]
     assert names[0] == "add" and len({*names}) == len(names) == 13
     assert {"all_add", "fail", "other_fail", "other_add"} < {*names}
-    assert results(house, path) == ["2", "4"]
+    assert results(agents, path) == ["2", "4"]
 
 
-async def test_tools_that_are_no_list_are_for_ollama_to_judge(house: House) -> None:
-    house.write("all", TOOLS)
+async def test_tools_that_are_no_list_are_for_ollama_to_judge(agents: House) -> None:
+    await say(agents, CHAT, "/all go", calling(CHAT, ""), tools="none")
 
-    await say(house, CHAT, "/all go", calling(CHAT, ""), tools="none")
-
-    assert house.ollama.asked[0].json["tools"] == "none"
+    assert agents.ollama.asked[0].json["tools"] == "none"
 
 
 # Consent
 
-ASKS = """
-class It(BaseAgent):
-    tools = [{"name": "write", "consent": True}, {"name": "read"}]
-    async def on_tool(self, name, arguments):
-        return f"{name}: {arguments}"
-    async def on_response(self, response):
-        return response.upper()
-"""
 WRITES = ("write", {"path": "a`b\u202e.txt", "n": 5})
 CHANGES = [("a`b", "a`c"), ('"n":5', '"n":6'), ("asks write", "asks read"), ("(osp:", "(osp:0")]
 
 
 def spoken(path: str, text: str) -> list[Any]:
     """Return what the model said as the client's history has it."""
-    item = {"role": "assistant", "content": text}
-    return [
-        item | {"content": [{"type": "output_text", "text": text}]} if path == RESPONSES else item
-    ]
+    told = [{"type": "output_text", "text": text}]
+    return [message("assistant", told if path == RESPONSES else text)]
 
 
 @pytest.mark.parametrize(("path", "stream"), WAYS)
 @pytest.mark.parametrize("text", ["", "I will. "])
 async def test_a_call_that_needs_consent_is_shown_and_made_after_yes(
-    house: House, path: str, stream: bool, text: str
+    agents: House, path: str, stream: bool, text: str
 ) -> None:
-    house.write("asks", ASKS)
-
     rounds = calling(path, text, ("read", {}), WRITES, stream=stream)
-    answer = await say(house, path, "/asks go", rounds, stream=stream)
+    answer = await say(agents, path, "/asks go", rounds, stream=stream)
     question = said(answer.content)
 
     shown = '````\nasks read {}\nasks write {"path":"a`b\\u202e.txt","n":5}\n````'
     assert question.startswith(f"{text.upper()}\n\nThis would be called:" if text else "This would")
     assert shown.replace("````", "```") in question.replace("````", "```")
-    assert not called(path, answer.content) and len(house.ollama.asked) == 1
+    assert not called(path, answer.content) and len(agents.ollama.asked) == 1
     assert not re.search(rb'"tool_(use|calls)"', answer.content)
 
     history = [*spoken(path, question), message("user", " /YES ")]
     done = calling(path, "Done.", stream=stream)
-    answer = await say(house, path, "/asks go", done, stream=stream, history=history)
+    answer = await say(agents, path, "/asks go", done, stream=stream, history=history)
 
     assert said(answer.content) == "DONE."
-    assert results(house, path) == ["read: {}", f"write: {WRITES[1]}"]
-    sent = json.dumps(house.ollama.asked[-1].json)
+    assert results(agents, path) == ["read: {}", f"write: {WRITES[1]}"]
+    sent = json.dumps(agents.ollama.asked[-1].json)
     assert "yes" not in sent.lower() and "osp:" not in sent and '"go"' in sent
 
 
 @pytest.mark.parametrize("path", PATHS)
 async def test_a_turn_may_ask_more_than_once_and_the_model_reads_no_question(
-    house: House, path: str
+    agents: House, path: str
 ) -> None:
-    house.write("asks", ASKS)
     history: list[Any] = []
 
     for number in range(3):
         first = calling(path, f"Step {number}.", ("write", {"n": number}))
-        answer = await say(house, path, "/asks go", first, history=history)
+        answer = await say(agents, path, "/asks go", first, history=history)
         history += [*spoken(path, f"{said(answer.content)}\n(thoughts)"), message("user", "/yes")]
-    answer = await say(house, path, "/asks go", calling(path, "Done."), history=history)
+    answer = await say(agents, path, "/asks go", calling(path, "Done."), history=history)
 
     assert said(answer.content) == "DONE."
-    assert results(house, path) == [LOST, LOST, "write: {'n': 2}"]
-    sent = json.dumps(house.ollama.asked[-1].json)
+    assert results(agents, path) == [LOST, LOST, "write: {'n': 2}"]
+    sent = json.dumps(agents.ollama.asked[-1].json)
     assert "osp:" not in sent and "/yes" not in sent and sent.count("(thoughts)") == 3
     assert "STEP 0." in sent
 
 
-async def test_what_is_made_is_what_the_user_saw(house: House) -> None:
-    house.write("asks", ASKS)
-    house.write("judge", f"import json\n{LAST}", always=True, on_error="abort")
-    answer = await say(house, CHAT, "/asks go", calling(CHAT, "", ("write", {"a": "secret"})))
+async def test_what_is_made_is_what_the_user_saw(agents: House) -> None:
+    agents.write("judge", f"import json\n{LAST}", always=True, on_error="abort")
+    answer = await say(agents, CHAT, "/asks go", calling(CHAT, "", ("write", {"a": "secret"})))
     question = said(answer.content)
-    house.plugins.joinpath("judge_agent/agent.py").write_text(
+    agents.plugins.joinpath("judge_agent/agent.py").write_text(
         f"import json\nfrom kernel.agent import *\n{LAST}".replace('"hidden", "secret"', '"s", "x"')
     )
 
     history = [*spoken(CHAT, question), message("user", "/yes")]
-    await say(house, CHAT, "/asks go", calling(CHAT, "Done."), history=history)
+    await say(agents, CHAT, "/asks go", calling(CHAT, "Done."), history=history)
 
-    assert results(house) == ["write: {'a': 'hidden'}"]
+    assert results(agents) == ["write: {'a': 'hidden'}"]
 
 
 @pytest.mark.parametrize(("old", "new"), CHANGES)
-async def test_a_call_that_was_altered_is_not_made(house: House, old: str, new: str) -> None:
-    house.write("asks", ASKS)
-    answer = await say(house, CHAT, "/asks go", calling(CHAT, "", WRITES))
+async def test_a_call_that_was_altered_is_not_made(agents: House, old: str, new: str) -> None:
+    answer = await say(agents, CHAT, "/asks go", calling(CHAT, "", WRITES))
     question = said(answer.content)
     assert old in question
     history = [*spoken(CHAT, question.replace(old, new)), message("user", "/yes")]
 
-    answer = await house.ask(CHAT, "/asks go", *history)
+    answer = await agents.ask(CHAT, "/asks go", *history)
 
     assert said(answer.content) == "this is not what you were asked, so nothing was done"
-    assert len(house.ollama.asked) == 1
+    assert len(agents.ollama.asked) == 1
 
 
-async def test_yes_is_a_word_like_others_where_nothing_was_asked(house: House) -> None:
-    house.write("asks", ASKS)
+async def test_yes_is_a_word_like_others_where_nothing_was_asked(agents: House) -> None:
     history = [*spoken(CHAT, "Is what?"), message("user", "/yes")]
     body = {"model": "m", "messages": [message("user", "Is it?"), *history]}
-    house.ollama.answers(line("y"), done())
+    agents.ollama.answers(line("y"), done())
 
-    async with house.open() as client:
+    async with agents.open() as client:
         await client.post(CHAT, json=body)
-        await say(house, CHAT, "/asks go", calling(CHAT, ""), history=history)
+        await say(agents, CHAT, "/asks go", calling(CHAT, ""), history=history)
 
-    assert house.ollama.asked[0].json == body
-    assert house.ollama.asked[1].json["messages"][-1]["content"] == "/yes"
+    assert agents.ollama.asked[0].json == body
+    assert agents.ollama.asked[1].json["messages"][-1]["content"] == "/yes"
 
 
 async def test_yes_counts_for_the_one_who_was_asked_and_for_agents_that_are_here(
-    house: House,
+    agents: House,
 ) -> None:
-    house.write("asks", ASKS)
     keys = {"keys": {"a": {"key": "ada"}, "b": {"key": "bob"}}}
-    house.ollama.says_in_turn(CHAT, calling(CHAT, "", WRITES), calling(CHAT, "Done."), stream=True)
+    agents.ollama.says_in_turn(CHAT, calling(CHAT, "", WRITES), calling(CHAT, "Done."), stream=True)
 
     async def ask(key: str, *history: Any) -> str:
         body = chat(CHAT, "/asks go", *history)
-        async with house.open(**keys) as client:
+        async with agents.open(**keys) as client:
             return said((await client.post(CHAT, json=body, headers={"x-api-key": key})).content)
 
     asked = spoken(CHAT, await ask("ada"))
     assert "nothing was done" in await ask("bob", *asked, message("user", "/yes"))
     assert await ask("ada", *asked, message("user", "/yes")) == "DONE."
-    await house.ask(CHAT, "go", *asked, message("user", "/yes"), header="/asks")
-    assert results(house) == [f"write: {WRITES[1]}"]
+    await agents.ask(CHAT, "go", *asked, message("user", "/yes"), header="/asks")
+    assert results(agents) == [f"write: {WRITES[1]}"]
 
 
 async def test_an_operator_asks_for_consent_with_a_setting(house: House) -> None:
@@ -597,16 +538,15 @@ async def test_an_operator_asks_for_consent_with_a_setting(house: House) -> None
     assert '\nall add {"a":1,"b":1}\n' in said(answer.content)
 
 
-async def test_a_call_that_an_id_carries_needs_consent_too(house: House) -> None:
-    house.write("asks", ASKS)
-    answer = await say(house, CHAT, "/asks go", calling(CHAT, "", WRITES, ("theirs", {})))
+async def test_a_call_that_an_id_carries_needs_consent_too(agents: House) -> None:
+    answer = await say(agents, CHAT, "/asks go", calling(CHAT, "", WRITES, ("theirs", {})))
     [call] = called(CHAT, answer.content)
     step = [*Dialect().spoken("", "", [call]), *Dialect().results([(call, "found")])]
 
-    answer = await say(house, CHAT, "/asks go", calling(CHAT, "Done."), history=step)
+    answer = await say(agents, CHAT, "/asks go", calling(CHAT, "Done."), history=step)
 
     assert said(answer.content).startswith("This would be called:\n")
-    assert len(house.ollama.asked) == 1
+    assert len(agents.ollama.asked) == 1
 
 
 # Guards, and who else judges
@@ -710,21 +650,20 @@ JUDGES = {
 
 @pytest.mark.parametrize("name", JUDGES)
 async def test_a_judge_that_fails_judges_nothing_and_a_guard_lets_nothing_pass(
-    house: House, name: str
+    agents: House, name: str
 ) -> None:
-    house.write("all", TOOLS)
     code = f"class It(BaseAgent):\n    async def on_calls(self, calls):\n        {JUDGES[name]}\n"
-    house.write("judge", code)
-    house.write("guard", code, always=True, on_error="abort", models=["guarded"])
+    agents.write("judge", code)
+    agents.write("guard", code, always=True, on_error="abort", models=["guarded"])
     rounds = [calling(CHAT, "", ("add", {"a": 1, "b": 1})), calling(CHAT, "Done.")]
 
-    skipped = await say(house, CHAT, "/all /judge go", *rounds)
-    assert results(house) == ["2"]
+    skipped = await say(agents, CHAT, "/all /judge go", *rounds)
+    assert results(agents) == ["2"]
     assert said(skipped.content) == "Done." + NOTICE.format("judge")
 
     first = calling(CHAT, "", ("add", {}), stream=False)
-    refused = await say(house, CHAT, "/all go", first, model="guarded", stream=False)
-    assert refused.status_code == 500 and len(house.ollama.asked) == 3
+    refused = await say(agents, CHAT, "/all go", first, model="guarded", stream=False)
+    assert refused.status_code == 500 and len(agents.ollama.asked) == 3
 
 
 async def test_a_guard_judges_the_calls_in_what_agents_ask(house: House) -> None:
@@ -746,13 +685,12 @@ async def test_a_guard_judges_the_calls_in_what_agents_ask(house: House) -> None
 # What can go wrong on the way
 
 
-async def test_an_upstream_that_refuses_a_later_round_is_an_error(house: House) -> None:
-    house.write("all", TOOLS)
+async def test_an_upstream_that_refuses_a_later_round_is_an_error(agents: House) -> None:
     first = calling(CHAT, "One.", ("add", {}))
-    house.ollama.says_in_turn(CHAT, first, b'{"error":"out of memory"}', stream=True)
-    house.ollama.statuses = [200, 500]
+    agents.ollama.says_in_turn(CHAT, first, b'{"error":"out of memory"}', stream=True)
+    agents.ollama.statuses = [200, 500]
 
-    answer = await house.ask(CHAT, "/all go")
+    answer = await agents.ask(CHAT, "/all go")
 
     assert said(answer.content) == "One." and b"out of memory" in answer.content
     assert b'"done":true' not in answer.content
@@ -761,27 +699,25 @@ async def test_an_upstream_that_refuses_a_later_round_is_an_error(house: House) 
 @pytest.mark.parametrize("path", PATHS)
 @pytest.mark.parametrize("round_that_breaks", [0, 1])
 async def test_an_answer_that_breaks_off_is_never_ended(
-    house: House, path: str, round_that_breaks: int
+    agents: House, path: str, round_that_breaks: int
 ) -> None:
-    house.write("all", TOOLS)
     rounds = [calling(path, "One.", ("add", {})), calling(path, "Two.")]
-    house.ollama.says_in_turn(path, *rounds, stream=True)
+    agents.ollama.says_in_turn(path, *rounds, stream=True)
     cut = rounds[round_that_breaks][: -len(rounds[round_that_breaks]) // 3]
-    house.ollama.script[round_that_breaks] = (cut, house.ollama.breaks)
+    agents.ollama.script[round_that_breaks] = (cut, agents.ollama.breaks)
 
     with pytest.raises(httpx.RemoteProtocolError):
-        await house.ask(path, "/all go", stream=True)
+        await agents.ask(path, "/all go", stream=True)
 
-    assert len(house.ollama.asked) == 1 + round_that_breaks
+    assert len(agents.ollama.asked) == 1 + round_that_breaks
 
 
-async def test_a_round_without_an_end_runs_nothing(house: House) -> None:
-    house.write("all", TOOLS)
+async def test_a_round_without_an_end_runs_nothing(agents: House) -> None:
     cut = calling(CHAT, "One.", ("add", {})).splitlines(keepends=True)[:-1]
 
-    answer = await say(house, CHAT, "/all go", b"".join(cut))
+    answer = await say(agents, CHAT, "/all go", b"".join(cut))
 
-    assert said(answer.content) == "One." and len(house.ollama.asked) == 1
+    assert said(answer.content) == "One." and len(agents.ollama.asked) == 1
 
 
 # What the response hooks see, and what is shown
@@ -803,28 +739,26 @@ class It(BaseAgent):
 @pytest.mark.parametrize(("path", "stream"), WAYS)
 @pytest.mark.parametrize("texts", [("One.", "Two."), ("One.", ""), ("", "Two."), ("", "")])
 async def test_response_hooks_end_once_at_the_end_of_all_rounds(
-    house: House, path: str, stream: bool, texts: tuple[str, str]
+    agents: House, path: str, stream: bool, texts: tuple[str, str]
 ) -> None:
-    house.write("all", TOOLS)
-    house.write("holds", HOLDS)
-    house.write("flows", FLOWS)
+    agents.write("holds", HOLDS)
+    agents.write("flows", FLOWS)
     rounds = [calling(path, texts[0], ("add", {}), stream=stream)]
     rounds.append(calling(path, texts[1], stream=stream))
 
-    answer = await say(house, path, "/all /flows /holds go", *rounds, stream=stream)
+    answer = await say(agents, path, "/all /flows /holds go", *rounds, stream=stream)
 
     text = "".join(texts)
     assert said(answer.content) == (f"<{text.upper()}!>" if text else "")
 
 
 @pytest.mark.parametrize("path", [MESSAGES, RESPONSES])
-async def test_text_between_thoughts_is_one_text_for_agents(house: House, path: str) -> None:
-    house.write("all", TOOLS)
-    house.write("holds", HOLDS)
+async def test_text_between_thoughts_is_one_text_for_agents(agents: House, path: str) -> None:
+    agents.write("holds", HOLDS)
     thinking = recorded(path, "think_think", stream=True)
     rounds = [calling(path, "One. ", ("add", {})), thinking]
 
-    answer = await say(house, path, "/all /holds go", *rounds)
+    answer = await say(agents, path, "/all /holds go", *rounds)
 
     assert said(answer.content) == f"<One. {said(thinking)}>"
     check(path, answer.content, stream=True, counted=False)
@@ -843,17 +777,16 @@ async def test_explain_lists_the_tools_and_what_they_cost(house: House) -> None:
 
 
 async def test_calls_are_counted_logged_and_listed(
-    house: House, caplog: pytest.LogCaptureFixture
+    agents: House, caplog: pytest.LogCaptureFixture
 ) -> None:
-    house.write("all", TOOLS)
     caplog.set_level(logging.INFO)
     rounds = [calling(CHAT, "", ("add", {"a": 1, "b": 1}), ("fail", {})), calling(CHAT, "")]
-    house.ollama.says_in_turn(CHAT, *rounds, stream=True)
+    agents.ollama.says_in_turn(CHAT, *rounds, stream=True)
 
-    async with house.open() as client:
-        await house.post(client, CHAT, "/all go")
+    async with agents.open() as client:
+        await agents.post(client, CHAT, "/all go")
         counts = (await client.get("/metrics")).text
-        [plugin] = (await client.get("/plugins")).json()["plugins"]
+        plugin = (await client.get("/plugins")).json()["plugins"][0]
 
     assert 'osp_tool_calls_total{agent="all",tool="add",outcome="ok"} 1' in counts
     assert 'osp_tool_calls_total{agent="all",tool="fail",outcome="error"} 1' in counts
@@ -892,9 +825,8 @@ async def test_wrong_tools_are_a_failure_of_their_agent(house: House, offered: s
 
 @pytest.mark.parametrize("path", PATHS)
 async def test_what_our_tools_said_is_not_lost_while_the_client_makes_its_calls(
-    house: House, path: str
+    agents: House, path: str
 ) -> None:
-    house.write("all", TOOLS)
     dialect, tools = BY_PATH[path], offered(path, "theirs")
     theirs: tuple[str, Any] = ("theirs", {})
     rounds = [
@@ -902,18 +834,18 @@ async def test_what_our_tools_said_is_not_lost_while_the_client_makes_its_calls(
         *(calling(path, "", ("add", {"a": 2, "b": 2}), theirs), calling(path, "", theirs)),
         calling(path, "Done."),
     ]
-    house.ollama.says_in_turn(path, *rounds, stream=True)
+    agents.ollama.says_in_turn(path, *rounds, stream=True)
     history: list[Any] = []
 
     for step in range(3):
-        answer = await house.ask(path, "/all go", *history, stream=True, tools=tools)
+        answer = await agents.ask(path, "/all go", *history, stream=True, tools=tools)
         [call] = called(path, answer.content)
         step_back = dialect.spoken("", "", [call]) + dialect.results([(call, f"found {step}")])
         history += wired(path, step_back)
-    answer = await house.ask(path, "/all go", *history, stream=True, tools=tools)
+    answer = await agents.ask(path, "/all go", *history, stream=True, tools=tools)
 
     assert said(answer.content) == "Done."
-    assert results(house, path) == ["2", "found 0", "found 1", "4", "found 2"]
+    assert results(agents, path) == ["2", "found 0", "found 1", "4", "found 2"]
 
 
 SHOWS = """
@@ -926,25 +858,15 @@ class It(BaseAgent):
             {"type": "text", "text": "b"},
         ]
 """
-URL = "data:image/png;base64,aGk="
+TEXT, URL = "a\n\nb", "data:image/png;base64,aGk="
 SOURCE = {"type": "base64", "media_type": "image/png", "data": "aGk="}
 IMAGES: dict[str, Any] = {
-    CHAT: {"images": ["aGk="], "content": "a\n\nb"},
+    CHAT: {"images": ["aGk="], "content": TEXT},
     COMPLETIONS: {
-        "content": [
-            {"type": "text", "text": "a\n\nb"},
-            {"type": "image_url", "image_url": {"url": URL}},
-        ]
+        "content": parts(COMPLETIONS, TEXT, {"type": "image_url", "image_url": {"url": URL}})
     },
-    MESSAGES: {
-        "content": [{"type": "text", "text": "a\n\nb"}, {"type": "image", "source": SOURCE}]
-    },
-    RESPONSES: {
-        "output": [
-            {"type": "input_text", "text": "a\n\nb"},
-            {"type": "input_image", "image_url": URL},
-        ]
-    },
+    MESSAGES: {"content": parts(MESSAGES, TEXT, {"type": "image", "source": SOURCE})},
+    RESPONSES: {"output": parts(RESPONSES, TEXT, {"type": "input_image", "image_url": URL})},
 }
 
 
@@ -978,34 +900,31 @@ UNREADABLE = [
 
 
 @pytest.mark.parametrize("frame", UNREADABLE)
-async def test_calls_that_cannot_be_read_pass_no_guard(house: House, frame: bytes) -> None:
+async def test_calls_that_cannot_be_read_pass_no_guard(agents: House, frame: bytes) -> None:
     code = "class It(BaseAgent):\n    async def on_calls(self, calls):\n        return calls\n"
-    house.write("all", TOOLS)
-    house.write("guard", code, always=True, on_error="abort", models=["guarded"])
+    agents.write("guard", code, always=True, on_error="abort", models=["guarded"])
 
-    free = await say(house, CHAT, "/all go", frame + done())
-    guarded = await say(house, CHAT, "/all go", frame + done(), model="guarded")
+    free = await say(agents, CHAT, "/all go", frame + done())
+    guarded = await say(agents, CHAT, "/all go", frame + done(), model="guarded")
 
     assert free.content == frame + done()
     assert frame not in guarded.content and b"cannot see this request" in guarded.content
 
 
-async def test_a_text_beside_the_end_comes_before_the_next_round(house: House) -> None:
-    house.write("all", TOOLS)
+async def test_a_text_beside_the_end_comes_before_the_next_round(agents: House) -> None:
     first = calling(CHAT, "", ("add", {"a": 1, "b": 1})).splitlines(keepends=True)[:-1]
     rounds = [b"".join([*first, done("Hm.")]), line("So.") + done(eval_count=1)]
 
-    answer = await say(house, CHAT, "/all go", *rounds)
+    answer = await say(agents, CHAT, "/all go", *rounds)
 
-    assert said(answer.content) == "Hm.So." and results(house) == ["2"]
+    assert said(answer.content) == "Hm.So." and results(agents) == ["2"]
     assert [chunk.get("eval_count") for chunk in chunks(CHAT, answer.content)] == [*[None] * 3, 8]
 
 
-async def test_an_error_in_a_round_is_the_end(house: House) -> None:
-    house.write("all", TOOLS)
+async def test_an_error_in_a_round_is_the_end(agents: House) -> None:
     first = calling(CHAT, "One.", ("theirs", {}), ("add", {})).splitlines(keepends=True)[:-1]
 
-    answer = await say(house, CHAT, "/all go", *[b"".join([*first, b'{"error":"no room"}\n'])])
+    answer = await say(agents, CHAT, "/all go", *[b"".join([*first, b'{"error":"no room"}\n'])])
 
-    assert answer.content.endswith(b'{"error":"no room"}\n') and len(house.ollama.asked) == 1
+    assert answer.content.endswith(b'{"error":"no room"}\n') and len(agents.ollama.asked) == 1
     assert said(answer.content) == "One." and not called(CHAT, answer.content)
