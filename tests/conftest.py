@@ -9,8 +9,11 @@ from pathlib import Path
 import pytest
 
 import demo
+from kernel.agent import Schema, Store
+from kernel.postgres import Postgres
+from kernel.sqlite import SQLite
 from tests.postgres import INITDB, Cluster, cluster
-from tests.support import FakeOllama, House
+from tests.support import FakeOllama, House, OpenStore
 
 pytest.register_assert_rewrite("tests.scenarios")
 collect_ignore = ["exercises"]  # they fail until you have done them, docs/add-a-slice.md
@@ -72,3 +75,26 @@ def database(postgres: Cluster) -> str:
     name = f"test{next(NUMBERS)}"
     postgres.execute(f"CREATE DATABASE {name}")
     return postgres.url(name)
+
+
+@pytest.fixture(params=["sqlite", "postgresql"])
+def where(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    """The address of a new database, or the folder of SQLite's file."""
+    server = request.param == "postgresql"
+    return str(request.getfixturevalue("database") if server else tmp_path / "data")
+
+
+@pytest.fixture
+async def open_store(where: str) -> AsyncIterator[OpenStore]:
+    """Open an agent's store as a proxy of its own; those of one test share what is in it."""
+    servers: list[Postgres] = []
+
+    def open_it(agent: str, schema: Schema) -> Store:
+        if not where.startswith("postgresql:"):
+            return SQLite(agent, Path(where), schema)
+        servers.append(Postgres(where))
+        return servers[-1].store(agent, schema)
+
+    yield open_it
+    for server in servers:
+        await server.close()

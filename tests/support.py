@@ -17,12 +17,14 @@ from starlette.types import Receive, Scope, Send
 
 import demo
 import osp
+from kernel.agent import Schema, Store
 from kernel.config import HOME, Config, build
 from kernel.dialects import AnswerState, Dialect
 from kernel.dialects.calls import ToolCall
 from kernel.dialects.every import DIALECTS
 from kernel.server import SETTINGS
 
+OpenStore = Callable[[str, Schema], Store]  # of an agent
 BY_PATH = {dialect.path: dialect for dialect in DIALECTS}
 PATHS = list(BY_PATH)
 CHAT, COMPLETIONS, MESSAGES, RESPONSES = PATHS

@@ -22,6 +22,7 @@ from kernel.errors import ConfigError
 from kernel.postgres import PLACES, Postgres
 from kernel.sqlite import SQLite
 from tests.postgres import Cluster
+from tests.support import OpenStore
 
 TABLE = "CREATE TABLE counts (name TEXT PRIMARY KEY, n INTEGER)"
 GROW = "ALTER TABLE counts ADD COLUMN note TEXT DEFAULT 'new'"
@@ -30,22 +31,10 @@ PUT, ALL = "INSERT INTO counts (name, n) VALUES ($1, $2)", "SELECT name, n FROM 
 Open = Callable[..., Store]
 
 
-@pytest.fixture(params=["sqlite", "postgresql"])
-async def open_store(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterator[Open]:
-    """Open the store of one agent, as a proxy of its own; those of one test share the tables."""
-    servers: list[Postgres] = []
-    where = request.getfixturevalue("database") if request.param == "postgresql" else tmp_path
-
-    def open_it(*schema: str) -> Store:
-        schema = schema or (TABLE,)
-        if isinstance(where, Path):
-            return SQLite("it", where / "data", Schema(sqlite=schema))
-        servers.append(Postgres(where))
-        return servers[-1].store("it", Schema(postgresql=schema))
-
-    yield open_it
-    for server in servers:
-        await server.close()
+@pytest.fixture
+def open_it(open_store: OpenStore) -> Open:
+    """Open the store of one agent, with these tables."""
+    return lambda *schema: open_store("it", Schema(schema or [TABLE], schema or [TABLE]))
 
 
 @asynccontextmanager
@@ -57,8 +46,8 @@ async def connected(url: str) -> AsyncIterator[Store]:
         await server.close()
 
 
-async def test_values_go_in_and_come_out_as_they_were(open_store: Open) -> None:
-    store = open_store("CREATE TABLE kept (a TEXT, b BYTEA, c DOUBLE PRECISION, d BIGINT)")
+async def test_values_go_in_and_come_out_as_they_were(open_it: Open) -> None:
+    store = open_it("CREATE TABLE kept (a TEXT, b BYTEA, c DOUBLE PRECISION, d BIGINT)")
     row = ("'; DROP TABLE kept; -- $1 % ? :x", b"\0\xff", 0.5, 2**40)
 
     assert await store.execute("INSERT INTO kept VALUES ($1, $2, $3, $4)", *row) == []
@@ -73,8 +62,8 @@ async def test_nothing_is_made_before_its_first_use(tmp_path: Path) -> None:
     assert await store.execute(ALL) == []
 
 
-async def test_a_transaction_keeps_all_or_nothing(open_store: Open) -> None:
-    store = open_store()
+async def test_a_transaction_keeps_all_or_nothing(open_it: Open) -> None:
+    store = open_it()
 
     async with store.transaction() as db:
         await db.execute(PUT, "a", 1)
@@ -88,9 +77,9 @@ async def test_a_transaction_keeps_all_or_nothing(open_store: Open) -> None:
 
 
 async def test_a_statement_that_fails_says_nothing_of_its_values(
-    open_store: Open, caplog: pytest.LogCaptureFixture
+    open_it: Open, caplog: pytest.LogCaptureFixture
 ) -> None:
-    store = open_store()
+    store = open_it()
     caplog.set_level("DEBUG", "kernel.store")
     await store.execute(PUT, "secret", 1)
 
@@ -104,8 +93,8 @@ async def test_a_statement_that_fails_says_nothing_of_its_values(
     assert await store.execute(ALL) == [("secret", 1)]
 
 
-async def test_blocks_with_one_lock_come_one_after_the_other(open_store: Open) -> None:
-    stores = [open_store() for _ in range(3)]
+async def test_blocks_with_one_lock_come_one_after_the_other(open_it: Open) -> None:
+    stores = [open_it() for _ in range(3)]
     await stores[0].execute(PUT, "a", 0)
 
     async def add(store: Store) -> None:
@@ -117,8 +106,8 @@ async def test_blocks_with_one_lock_come_one_after_the_other(open_store: Open) -
     assert await stores[0].execute(ALL) == [("a", 30)]
 
 
-async def test_a_task_that_is_cancelled_leaves_nothing_behind(open_store: Open) -> None:
-    store, inside = open_store(), asyncio.Event()
+async def test_a_task_that_is_cancelled_leaves_nothing_behind(open_it: Open) -> None:
+    store, inside = open_it(), asyncio.Event()
 
     async def begin() -> None:
         async with store.transaction(lock="a") as db:
@@ -139,9 +128,9 @@ async def test_a_task_that_is_cancelled_leaves_nothing_behind(open_store: Open) 
 # Migrations
 
 
-async def test_proxies_that_start_at_once_make_the_tables_once(open_store: Open) -> None:
+async def test_proxies_that_start_at_once_make_the_tables_once(open_it: Open) -> None:
     schema = TABLE, "INSERT INTO counts VALUES ('made', 1)", GROW
-    stores = [open_store(*schema) for _ in range(8)]
+    stores = [open_it(*schema) for _ in range(8)]
 
     found = await asyncio.gather(*(store.execute(ALL) for store in stores))
 
@@ -149,9 +138,9 @@ async def test_proxies_that_start_at_once_make_the_tables_once(open_store: Open)
 
 
 async def test_two_versions_work_side_by_side(
-    open_store: Open, caplog: pytest.LogCaptureFixture
+    open_it: Open, caplog: pytest.LogCaptureFixture
 ) -> None:
-    old, new, next_old = open_store(TABLE), open_store(TABLE, GROW), open_store(TABLE)
+    old, new, next_old = open_it(TABLE), open_it(TABLE, GROW), open_it(TABLE)
     await old.execute(PUT, "a", 1)
 
     assert await new.execute("SELECT name, note FROM counts") == [("a", "new")]
@@ -163,10 +152,8 @@ async def test_two_versions_work_side_by_side(
     assert warnings == {"store is newer than this proxy: update it"}
 
 
-async def test_a_migration_that_fails_is_not_half_done_and_is_tried_again(
-    open_store: Open,
-) -> None:
-    broken, mended = open_store(TABLE, "CREATE nonsense"), open_store(TABLE, GROW)
+async def test_a_migration_that_fails_is_not_half_done_and_is_tried_again(open_it: Open) -> None:
+    broken, mended = open_it(TABLE, "CREATE nonsense"), open_it(TABLE, GROW)
 
     for _ in range(2):
         with pytest.raises(StoreError):
@@ -230,10 +217,7 @@ async def test_connections_that_died_are_replaced(database: str, postgres: Clust
     async with connected(database) as store:
         await store.execute(PUT, "a", 1)
         await asyncio.gather(*(store.execute("SELECT pg_sleep(0.05)") for _ in range(PLACES)))
-        kill = (
-            "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE application_name = 'osp'"
-        )
-        assert len(postgres.execute(kill)) == PLACES
+        assert len(postgres.execute(KILL)) == PLACES
 
         assert await store.execute(ALL) == [("a", 1)]
 

@@ -275,16 +275,14 @@ class Kept:
     execute: Callable[[str], list[Any]]
 
 
-@pytest.fixture(params=["sqlite", "postgresql"])
-def kept(request: pytest.FixtureRequest, agents: House) -> Kept:
-    if request.param == "postgresql":
-        url = request.getfixturevalue("database")
-        cluster = request.getfixturevalue("postgres")
-        name = url.rpartition("/")[2]
-        return Kept({"store": url}, lambda sql: cluster.execute(sql.format("osp_cache."), name))
+@pytest.fixture
+def kept(request: pytest.FixtureRequest, where: str) -> Kept:
+    if where.startswith("postgresql:"):
+        cluster, name = request.getfixturevalue("postgres"), where.rpartition("/")[2]
+        return Kept({"store": where}, lambda sql: cluster.execute(sql.format("osp_cache."), name))
 
     def execute(sql: str) -> list[Any]:
-        with closing(sqlite3.connect(agents.plugins.parent / "data/cache/store.db")) as db, db:
+        with closing(sqlite3.connect(f"{where}/cache/store.db")) as db, db:
             return db.execute(sql.format("")).fetchall()
 
     return Kept({}, execute)

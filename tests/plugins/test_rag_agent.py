@@ -34,7 +34,6 @@ from pypdf import PdfWriter
 from pypdf.generic import DecodedStreamObject, NameObject, read_object
 
 from kernel.agent import Payload, Reply, Store, StoreError, telling_words
-from kernel.postgres import Postgres
 from kernel.sqlite import SQLite
 from plugins.rag_agent.agent import INSTRUCTION, NOTHING, Rag
 from plugins.rag_agent.index import SCHEMA, Index
@@ -44,6 +43,7 @@ from plugins.rag_agent.vectors import HAS_INDEX, Vectors, normalised
 from plugins.rag_agent.words import by_words
 from tests.plugins.context import a_context, no_model
 from tests.postgres import Cluster
+from tests.support import OpenStore
 
 FOLDER = Path(__file__).parents[2] / "plugins/rag_agent"
 CONFIG = json.loads((FOLDER / "config.json").read_text(encoding="utf-8"))
@@ -254,36 +254,11 @@ def test_a_pdf_is_read_by_pages() -> None:
         cut(a_pdf("", ""), ".pdf")
 
 
-Open = Callable[[], Store]
 Load = Callable[..., AbstractAsyncContextManager[Rag]]
-
-
-@pytest.fixture(params=["sqlite", "postgresql"])
-def where(request: pytest.FixtureRequest, tmp_path: Path) -> str:
-    """The address of a new database, or the folder of SQLite's file."""
-    server = request.param == "postgresql"
-    return str(request.getfixturevalue("database") if server else tmp_path / "data")
-
 
 # For what does not depend on the store, or is of one kind of it
 IN_A_FILE = pytest.mark.parametrize("where", ["sqlite"], indirect=True)
 IN_POSTGRESQL = pytest.mark.parametrize("where", ["postgresql"], indirect=True)
-
-
-@pytest.fixture
-async def open_store(where: str) -> AsyncIterator[Open]:
-    """Open the agent's store as a proxy of its own; those of one test share what is in it."""
-    servers: list[Postgres] = []
-
-    def open_it() -> Store:
-        if not where.startswith("postgresql:"):
-            return SQLite("rag", Path(where), SCHEMA)
-        servers.append(Postgres(where))
-        return servers[-1].store("rag", SCHEMA)
-
-    yield open_it
-    for server in servers:
-        await server.close()
 
 
 @asynccontextmanager
@@ -300,8 +275,8 @@ async def loaded(store: Store, notes: Path, **settings: Any) -> AsyncIterator[Ra
 
 
 @pytest.fixture
-def load(open_store: Open, tmp_path: Path) -> Load:
-    return lambda **settings: loaded(open_store(), tmp_path / "notes", **settings)
+def load(open_store: OpenStore, tmp_path: Path) -> Load:
+    return lambda **settings: loaded(open_store("rag", SCHEMA), tmp_path / "notes", **settings)
 
 
 @pytest.fixture
@@ -373,6 +348,7 @@ async def test_names_headings_and_other_forms_of_a_word_are_found(
 
 
 LANGUAGES = tomllib.loads((FOLDER / "bench/languages.toml").read_text(encoding="utf-8"))
+ARTICLES = tomllib.loads((FOLDER / "bench/rag.toml").read_text(encoding="utf-8"))["articles"]
 
 
 async def test_in_each_language_the_right_passage_is_among_five_for_nine_of_ten_questions(
@@ -398,10 +374,9 @@ async def test_over_articles_the_right_passage_is_among_five_for_nine_of_ten_que
     """An embedding model that knows nothing at all must not spoil that."""
     rng = random.Random(7)
     brain = Brain(lambda text: [rng.gauss(0, 1) for _ in range(8)])
-    articles = tomllib.loads((FOLDER / "bench/rag.toml").read_text(encoding="utf-8"))["articles"]
-    for article in articles:
+    for article in ARTICLES:
         write(tmp_path / "notes" / article["name"], article["text"])
-    asked = [question for article in articles for question in article["questions"]]
+    asked = [question for article in ARTICLES for question in article["questions"]]
     asked = [question for question in asked if question[2] == "words"]
     async with load(embed_model=model, embed_batch=1000) as rag:
         texts = [(await ask(rag, question, k=5, model=brain))[0] for question, *_ in asked]
@@ -415,12 +390,11 @@ async def test_over_articles_the_right_passage_is_among_five_for_nine_of_ten_que
 async def test_in_postgresql_the_same_is_found_in_the_same_order_as_in_sqlite(
     tmp_path: Path, load: Load
 ) -> None:
-    articles = tomllib.loads((FOLDER / "bench/rag.toml").read_text(encoding="utf-8"))["articles"]
-    for article in articles:
+    for article in ARTICLES:
         write(tmp_path / "notes" / article["name"], article["text"])
     for language, pairs in LANGUAGES.items():
         write(tmp_path / f"notes/{language}.txt", "\n\n".join(text for text, _ in pairs))
-    asked = [question for article in articles for question, *_ in article["questions"]]
+    asked = [question for article in ARTICLES for question, *_ in article["questions"]]
     asked += [question for pairs in LANGUAGES.values() for _, question in pairs]
     found = []
     file = SQLite("rag", tmp_path, SCHEMA)
@@ -1002,8 +976,8 @@ FILE = (b"a", "a", "", "", "", "")  # path, name, stamp, digest, guess, problem
 
 
 @pytest.fixture
-async def index(open_store: Open) -> Index:
-    index = Index(open_store(), "test")
+async def index(open_store: OpenStore) -> Index:
+    index = Index(open_store("rag", SCHEMA), "test")
     await index.known()
     return index
 

@@ -8,20 +8,19 @@ import json
 import os
 import shutil
 import sqlite3
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import Awaitable, Callable
 from contextlib import closing
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from kernel.agent import Payload, Reply, Store, StoreError
-from kernel.postgres import Postgres
 from kernel.sqlite import SQLite
 from plugins.remember_agent import agent as texts
 from plugins.remember_agent.agent import INSTRUCTION, NOT_NOTED, NOTHING, Remember
 from tests.plugins.context import a_context, no_model
+from tests.support import OpenStore
 
 FOLDER = Path(__file__).parents[2] / "plugins/remember_agent"
 CONFIG = json.loads((FOLDER / "config.json").read_text(encoding="utf-8"))
@@ -44,21 +43,10 @@ async def in_file(folder: Path, **settings: Any) -> Remember:
     return await loaded(SQLite("remember", folder, Remember.schema), **settings)
 
 
-@pytest.fixture(params=["sqlite", "postgresql"])
-async def load(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterator[Load]:
+@pytest.fixture
+def load(open_store: OpenStore) -> Load:
     """Load the agent, as in a proxy of its own; those of one test share what is kept."""
-    if request.param == "sqlite":
-        yield partial(in_file, tmp_path / "data")
-        return
-    url, servers = request.getfixturevalue("database"), list[Postgres]()
-
-    async def in_database(**settings: Any) -> Remember:
-        servers.append(Postgres(url))
-        return await loaded(servers[-1].store("remember", Remember.schema), **settings)
-
-    yield in_database
-    for server in servers:
-        await server.close()
+    return lambda **settings: loaded(open_store("remember", Remember.schema), **settings)
 
 
 @pytest.fixture
