@@ -7,7 +7,6 @@ import re
 import time
 from contextlib import suppress
 from fractions import Fraction
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -16,9 +15,7 @@ from hypothesis import strategies as st
 
 from plugins.calc_agent.agent import Calc
 from plugins.calc_agent.arithmetic import DIGITS, LONGEST, calculate
-from tests.support import PATHS, FakeOllama, calling, chat, running, said, whole
-
-PLUGINS = Path(__file__).parents[2] / "plugins"
+from tests.support import PATHS, House, calling, said, whole
 
 VALUES = {
     "0.1 + 0.2": "0.3",
@@ -177,18 +174,16 @@ async def test_a_careless_model_is_understood_or_told_what_is_right() -> None:
 
 
 @pytest.mark.parametrize("path", PATHS)
-async def test_the_model_is_told_what_it_asked_for(
-    ollama: FakeOllama, ollama_url: str, tmp_path: Path, path: str
-) -> None:
+async def test_the_model_is_told_what_it_asked_for(house: House, path: str) -> None:
+    house.link("calc")
     asked = [("calculate", {"expression": text}) for text in ("0.1+0.2", "9**9**9")]
     rounds = calling(path, "", *asked, stream=False), whole(path, "It is 0.3.")
-    ollama.says_in_turn(path, *rounds, stream=False)
+    house.ollama.says_in_turn(path, *rounds, stream=False)
 
-    async with running(ollama_url, PLUGINS, tmp_path) as client:
-        answer = await client.post(path, json=chat(path, "/calc what is it?", stream=False))
+    answer = await house.ask(path, "/calc what is it?", stream=False)
 
     assert said(answer.content) == "It is 0.3."
-    sent = [request.body.decode() for request in ollama.asked]
+    sent = [request.body.decode() for request in house.ollama.asked]
     assert "calculate" in sent[0] and "radians" in sent[0]
     assert "0.1+0.2 = 0.3" in sent[1]
     assert "failed: ValueError: too large or too small: numbers may have 200 digits" in sent[1]

@@ -4,14 +4,11 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 
 from plugins.time_agent.agent import Time
-from tests.support import PATHS, FakeOllama, chat, prompts, running
-
-PLUGINS = Path(__file__).parents[2] / "plugins"
+from tests.support import PATHS, House, message
 
 
 @pytest.fixture
@@ -26,15 +23,13 @@ def in_india(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 @pytest.mark.skipif(not hasattr(time, "tzset"), reason="the zone cannot be changed here")
 @pytest.mark.parametrize("path", PATHS)
 async def test_the_zone_is_that_of_the_machine_and_only_the_last_question_changes(
-    in_india: None, ollama: FakeOllama, ollama_url: str, tmp_path: Path, path: str
+    in_india: None, house: House, path: str
 ) -> None:
-    ollama.says(path, "ok", stream=False)
-    past = ["/time hi", {"role": "assistant", "content": "hello"}]
+    house.link("time")
 
-    async with running(ollama_url, PLUGINS, tmp_path) as client:
-        await client.post(path, json=chat(path, *past, "/time and now?", stream=False))
+    await house.ask(path, "/time hi", message("assistant", "hello"), "/time and now?")
 
-    first, second, last = prompts(ollama.asked[0])
+    first, second, last = house.sent[0]
     assert (first, second) == ("hi", "hello")
     assert last.startswith("It is ") and last.endswith(" IST (UTC+0530).\n\nand now?")
 

@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from plugins.translate_agent.markdown import KEPT, kept, pieces, split, without_thoughts
-from tests.support import NOTICE, PATHS, SENT, FakeOllama, chat, done, outcomes, running, said, turn
+from tests.support import CHAT, NOTICE, PATHS, SENT, House, chat, done, outcomes, running, said
 
 PLUGINS = Path(__file__).parents[2] / "plugins"
 FAILED = NOTICE.format("translate")
@@ -48,12 +48,14 @@ async def test_the_answer_is_translated_with_a_second_question(
 
 
 async def translated(
-    ollama: FakeOllama, url: str, data: Path, answer: str, translate: Callable[[str], Any], **s: Any
+    house: House, answer: str, translate: Callable[[str], Any], **settings: Any
 ) -> tuple[str, list[str], str]:
     """Return the text of an answer as it arrives, the translator's questions, and the outcome.
 
     `translate` returns the model's translation of a question, or a whole frame.
     """
+    house.link("translate")
+    ollama = house.ollama
 
     async def again() -> None:
         reply = translate(ollama.asked[-1].json["messages"][-1]["content"])
@@ -64,8 +66,8 @@ async def translated(
         ollama.answers(before=again)
 
     ollama.answers(done(answer), first, kind="application/json")
-    async with running(url, PLUGINS, data, agents={"translate": {"settings": s}}) as client:
-        response = await client.post("/api/chat", json=turn("/translate:de how?", stream=False))
+    async with house.open(agents={"translate": {"settings": settings}}) as client:
+        response = await house.post(client, CHAT, "/translate:de how?", stream=False)
     questions = [asked.json["messages"][-1]["content"] for asked in ollama.asked[1:]]
     return said(response.content), questions, outcomes(response)
 
@@ -106,26 +108,22 @@ CASES: list[tuple[str, Callable[[str], Any], str, list[str] | None]] = [
 
 @pytest.mark.parametrize(("answer", "translate", "shown", "asked"), CASES)
 async def test_all_but_words_comes_back_as_it_was(
-    ollama: FakeOllama,
-    ollama_url: str,
-    tmp_path: Path,
+    house: House,
     answer: str,
     translate: Callable[[str], Any],
     shown: str,
     asked: list[str] | None,
 ) -> None:
-    text, questions, outcome = await translated(ollama, ollama_url, tmp_path, answer, translate)
+    text, questions, outcome = await translated(house, answer, translate)
 
     assert (text, outcome) == (shown, "translate;ok")
     assert asked is None or questions == asked
 
 
-async def test_a_long_answer_is_asked_about_piece_by_piece(
-    ollama: FakeOllama, ollama_url: str, tmp_path: Path
-) -> None:
+async def test_a_long_answer_is_asked_about_piece_by_piece(house: House) -> None:
     answer = "".join(f"Paragraph {n}. {'word ' * 100}\n\n" for n in range(120))
 
-    text, questions, _ = await translated(ollama, ollama_url, tmp_path, answer, str.upper)
+    text, questions, _ = await translated(house, answer, str.upper)
 
     assert len(answer) > 61_000 and text == answer.upper()
     assert all(len(q) <= 2000 and q.startswith("Paragraph") for q in questions)
@@ -135,38 +133,34 @@ async def test_a_long_answer_is_asked_about_piece_by_piece(
     "reply", ["", " \n", b"no json", b'{"error":"gone"}', done("Ein", done_reason="length")]
 )
 async def test_half_a_translation_is_an_error_and_the_answer_is_there(
-    ollama: FakeOllama, ollama_url: str, tmp_path: Path, reply: Any
+    house: House, reply: Any
 ) -> None:
     """Whichever piece fails: here the second one."""
     answer = "\n\n".join(["word " * 300] * 3)
 
     def translate(text: str) -> Any:
-        return text.upper() if len(ollama.asked) < 3 else reply
+        return text.upper() if len(house.ollama.asked) < 3 else reply
 
-    text, _, outcome = await translated(ollama, ollama_url, tmp_path, answer, translate)
+    text, _, outcome = await translated(house, answer, translate)
 
     assert (text, outcome) == (answer + FAILED, "translate;error")
 
 
-async def test_an_answer_that_is_a_thought_without_an_end_is_an_error(
-    ollama: FakeOllama, ollama_url: str, tmp_path: Path
-) -> None:
+async def test_an_answer_that_is_a_thought_without_an_end_is_an_error(house: House) -> None:
     thought = "<think>I should"
 
-    text, questions, outcome = await translated(ollama, ollama_url, tmp_path, thought, str.upper)
+    text, questions, outcome = await translated(house, thought, str.upper)
 
     assert (text, questions, outcome) == (thought + FAILED, [], "translate;error")
 
 
-async def test_the_model_is_told_the_glossary_and_asked_coolly(
-    ollama: FakeOllama, ollama_url: str, tmp_path: Path
-) -> None:
+async def test_the_model_is_told_the_glossary_and_asked_coolly(house: House) -> None:
     words = {"rain barrel": "Tonne", "plot": "Parzelle"}
-    await translated(ollama, ollama_url, tmp_path, "a rain barrel", str.upper, glossary=words)
+    await translated(house, "a rain barrel", str.upper, glossary=words)
 
     told = "Where this glossary is German, use its words:\n- rain barrel: Tonne\n- plot: Parzelle"
-    assert ollama.asked[1].json["messages"][0]["content"].endswith(f"\n\n{told}")
-    assert ollama.asked[1].json["options"] == {"temperature": 0}
+    assert house.ollama.asked[1].json["messages"][0]["content"].endswith(f"\n\n{told}")
+    assert house.ollama.asked[1].json["options"] == {"temperature": 0}
 
 
 @pytest.mark.parametrize("wrong", [["rain"], {"rain": 1}])
