@@ -21,18 +21,7 @@ import osp
 from kernel.access import is_loopback
 from kernel.config import Config, build
 from kernel.server import SETTINGS, listen
-from tests.support import (
-    CHAT,
-    PATHS,
-    TAG,
-    FakeOllama,
-    House,
-    chat,
-    prompts,
-    running,
-    said,
-    turn,
-)
+from tests.support import CHAT, PATHS, TAG, FakeOllama, House, chat, prompts, running, said, turn
 
 OWN = ["/health", "/plugins", "/metrics", "/osp"]
 NEAR = ["", ":80", *"localhost LocalHost localhost:11435 a.localhost pi.local x.internal:1".split()]
@@ -244,10 +233,7 @@ V1 = {"message": TEXT, "type": "api_error", "param": None, "code": None}
 ERRORS = {
     **dict.fromkeys([CHAT, "/", "/plugins"], {"error": TEXT}),
     "/v1/models": {"error": V1},
-    "/v1/messages": {
-        "type": "error",
-        "error": {"type": "authentication_error", "message": TEXT},
-    },
+    "/v1/messages": {"type": "error", "error": {"type": "authentication_error", "message": TEXT}},
 }
 WRONG = {
     "Authorization": ["Bearer wrong", "Basic sesame", "Basic c2VzYW1lOg==", "Basic !", "Bearer"],

@@ -146,10 +146,7 @@ PRESET = "[presets.x]\nmodel = 'm'\n"
         (f"{PRESET}keep_alive = true", f"presets.x: keep_alive: True {WRONG} seconds, or a time"),
         (f"{PRESET}keep_alive = inf", f"presets.x: keep_alive: inf {WRONG} seconds, or a time"),
         (f"{PRESET}options.num_ctx = '9'", "presets.x.options: num_ctx must be a number, or true"),
-        (
-            f"{PRESET}options.a = [1]",
-            "presets.x.options: a must be a number, or true or false (`st",
-        ),
+        (f"{PRESET}options.a = [1]", "presets.x.options: a must be a number, or true or false"),
         (
             f"{PRESET}options.a.b = 1",
             "presets.x.options: a must be a number, or true or false (`st",

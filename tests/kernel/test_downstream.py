@@ -312,15 +312,8 @@ SLOW = b"GET /slow HTTP/1.1\r\n" + HOST + b"\r\n"  # its answer ends only while 
 
 @pytest.mark.parametrize(
     ("before", "after"),
-    [
-        (b"", GET),
-        (GET, GET),
-        (SLOW, GET),
-        (GET[:20], GET[20:]),
-        (b"", b""),
-        (GET, b""),
-        (SLOW, b""),
-    ],
+    [(b"", GET), (GET, GET), (SLOW, GET), (GET[:20], GET[20:])]
+    + [(b"", b""), (GET, b""), (SLOW, b"")],
 )
 async def test_while_the_server_stops_a_request_on_its_way_is_the_last(
     before: bytes, after: bytes

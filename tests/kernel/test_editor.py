@@ -91,11 +91,7 @@ async def test_what_stands_beside_the_text_stays_and_is_not_said_twice(agents: H
     agents.ollama.answers(event("a", role="assistant"), *ends)
     completion = await stream(agents, COMPLETIONS, "/holds q")
 
-    held = [
-        line(""),
-        line("", **last, logprobs=[1]),
-        line("<a b>", other=last["other"]),
-    ]
+    held = [line(""), line("", **last, logprobs=[1]), line("<a b>", other=last["other"])]
     assert native == b"".join([thinking, odd, *held, end])
     assert alone == done("<a>", total_duration=2**53 + 1)
     assert completion == b"".join([event("", role="assistant"), event("<a>"), *ends])
@@ -182,9 +178,8 @@ async def test_an_error_is_numbered_behind_the_text_that_was_held(agents: House)
 
     body = await stream(agents, RESPONSES, "/holds q")
 
-    assert (
-        said(body) == "a" and body.endswith(error % 6) and body.count(b'"sequence_number":5') == 1
-    )
+    assert said(body) == "a" and body.endswith(error % 6)
+    assert body.count(b'"sequence_number":5') == 1
 
 
 JSON = {"type": "json_object"}
@@ -214,8 +209,8 @@ async def test_response_hooks_and_notices_step_aside_where_an_edit_would_lie(
     answer = await agents.ask(path, "/bad /holds /json q", **fields)
 
     edited = "y" if "logprobs" in str(fields) else "[y]"
-    notice = "\n\n[without bad: it failed, the proxy's log says why]"
-    assert said(answer.content) == (edited if structured else f"[<y>]{notice}")
+    free = "[<y>]" + support.NOTICE.format("bad")
+    assert said(answer.content) == (edited if structured else free)
 
 
 ZIPPED = [("content-encoding", "gzip")]

@@ -106,10 +106,7 @@ CONFIGS: list[tuple[str, str]] = [
     ('{"descripton": "x"}', "unknown key 'descripton'; known are description, enabled"),
     ('{"always": "yes"}', "always: 'yes' is wrong here, it must be true or false"),
     ('{"on_error": "ignore"}', "it must be one of 'skip', 'abort'"),
-    (
-        '{"arguments": {"x": []}}',
-        "arguments: x: [] is wrong here, it must be text",
-    ),
+    ('{"arguments": {"x": []}}', "arguments: x: [] is wrong here, it must be text"),
     ('{"settings": {"key": "$OSP_NO"}}', "$OSP_NO is not set in the environment"),
     ('{"settings": {"a": {"b": ["$OSP_NO"]}}}', "$OSP_NO is not set in the environment"),
     ('{"timeout": "1"}', "it must be a number"),
@@ -172,16 +169,14 @@ async def test_settings_and_arguments_of_the_operator_come_over_those_of_the_plu
 
 async def test_the_environment_is_known_at_any_depth_of_a_setting(plugins: Path) -> None:
     write_agent(plugins, "ok", OK, settings={"servers": {}})
-    table = {
-        "settings": {"servers": {"a": {"env": {"KEY": "$SECRET"}, "args": ["$SECRET", "$ 1"]}}}
-    }
+    servers = {"a": {"env": {"KEY": "$SECRET"}, "args": ["$SECRET", "$ 1"]}}
+    table = {"settings": {"servers": servers}}
 
     async with loaded(plugins, agents={"ok": table}, environ={"SECRET": "s"}) as registry:
         agent = registry.plugins["ok"].agent
 
-        assert agent and agent.settings == {
-            "servers": {"a": {"env": {"KEY": "s"}, "args": ["s", "$ 1"]}}
-        }
+    known = {"a": {"env": {"KEY": "s"}, "args": ["s", "$ 1"]}}
+    assert agent and agent.settings == {"servers": known}
 
 
 async def test_helpers_beside_an_agent_are_imported_and_nothing_of_it_stays(plugins: Path) -> None:
@@ -292,9 +287,8 @@ async def test_an_end_in_the_middle_of_loading_tears_down_what_began(plugins: Pa
     with pytest.raises(asyncio.CancelledError):
         await loading
 
-    assert {name: (data / name / "teardown").read_text() for name in setups} == dict.fromkeys(
-        setups, "x"
-    )
+    torn = {name: (data / name / "teardown").read_text() for name in setups}
+    assert torn == dict.fromkeys(setups, "x")
 
 
 OWN = """

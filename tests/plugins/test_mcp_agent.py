@@ -69,6 +69,11 @@ async def request(made: MCP, server: str = "", tool: str = "", **context: Any) -
     return one
 
 
+def a_tool(name: str, **fields: Any) -> dict[str, Any]:
+    """Return a tool as a server lists it."""
+    return {"name": name, "inputSchema": {"type": "object"}, **fields}
+
+
 def names(one: MCP) -> list[str]:
     return [tool["name"] for tool in one.tools]
 
@@ -161,11 +166,7 @@ async def test_servers_of_every_revision_are_understood(mode: str) -> None:
 
         assert session and session.protocol_version == REVISIONS[mode]
         assert one.tools == [
-            {
-                "name": "raw_echo",
-                "description": "Says it again.",
-                "parameters": {"type": "object"},
-            }
+            {"name": "raw_echo", "description": "Says it again.", "parameters": {"type": "object"}}
         ]
         assert await one.on_tool("raw_echo", {"text": "hi"}) == "hi"
 
@@ -215,7 +216,7 @@ ARGUMENTS: list[tuple[str, str, list[str]]] = [
 async def test_a_prompt_chooses_servers_and_tools(
     server: str, tool: str, offered: list[str]
 ) -> None:
-    two = [{"name": name, "inputSchema": {"type": "object"}} for name in ("echo", "add")]
+    two = [a_tool("echo"), a_tool("add")]
     async with agent({"a": raw(tools=two), "b": raw()}) as made:
         assert names(await request(made, server, tool)) == offered
 
@@ -238,10 +239,7 @@ async def test_what_there_is_not_is_refused_with_what_there_is(
 
 
 async def test_only_what_is_allowed_is_offered_and_some_of_it_asks_first() -> None:
-    tools: list[Any] = [
-        {"name": n, "inputSchema": {"type": "object"}}
-        for n in ("read", "read_all", "write", "drop")
-    ]
+    tools = [a_tool(name) for name in ("read", "read_all", "write", "drop")]
     config = raw(tools=tools, allow=["read*", "write"], ask=["w*", "drop"])
     async with agent({"db": config}) as made:
         one = await request(made)
@@ -440,17 +438,13 @@ LIES: list[tuple[Any, list[str]]] = [
 
 @pytest.mark.parametrize(("lie", "offered"), LIES)
 async def test_a_tool_that_cannot_be_offered_is_left_out(lie: Any, offered: list[str]) -> None:
-    tool = {"name": "ok", "inputSchema": {"type": "object"}}
-    async with agent({"raw": raw(tools=[tool | lie, tool | {"name": "good"}])}) as made:
+    async with agent({"raw": raw(tools=[a_tool("ok") | lie, a_tool("good")])}) as made:
         assert names(await request(made)) == [*offered, "raw_good"]
 
 
 async def test_lies_about_names_and_sizes_are_bounded() -> None:
-    tools = [
-        {"name": "a.b", "description": "HUGE", "inputSchema": {"type": "object"}},
-        {"name": "a/b", "description": "second", "inputSchema": {"type": "object"}},
-        {"name": "a/b", "description": "third", "inputSchema": {"type": "object"}},
-    ]
+    tools = [a_tool("a.b", description="HUGE")]
+    tools += [a_tool("a/b", description=text) for text in ("second", "third")]
     async with agent({"raw": raw(tools=tools)}) as made:
         one = await request(made)
 
@@ -461,8 +455,7 @@ async def test_lies_about_names_and_sizes_are_bounded() -> None:
 
 async def test_patterns_of_a_server_are_not_run_over_its_results() -> None:
     slow = {"type": "object", "required": ["x"], "properties": {"x": {"pattern": "(a+)+$"}}}
-    tool = {"name": "echo", "inputSchema": {"type": "object"}, "outputSchema": slow}
-    async with agent({"raw": raw(tools=[tool])}) as made:
+    async with agent({"raw": raw(tools=[a_tool("echo", outputSchema=slow)])}) as made:
         assert await (await request(made)).on_tool("raw_echo", {"text": "a"}) == "a"
 
 
@@ -547,7 +540,7 @@ def forgetful(sessions: list[str]) -> Starlette:
         elif session != sessions[-1]:
             return Response(status_code=404)
         elif method == "tools/list":
-            result = {"tools": [{"name": "echo", "inputSchema": {"type": "object"}}]}
+            result = {"tools": [a_tool("echo")]}
         else:
             result = {"content": [{"type": "text", "text": f"in session {session}"}]}
         message = {"jsonrpc": "2.0", "id": body["id"], "result": result}
@@ -602,10 +595,8 @@ async def test_mcp_server_time() -> None:
 
 
 async def test_mcp_server_fetch(demo_url: str) -> None:
-    config = installed("mcp-server-fetch") | {
-        "args": ["--ignore-robots-txt", "--allow-private-ips"]
-    }
-    async with agent({"fetch": config}) as made:
+    flags = {"args": ["--ignore-robots-txt", "--allow-private-ips"]}
+    async with agent({"fetch": installed("mcp-server-fetch") | flags}) as made:
         one = await request(made)
 
         assert names(one) == ["fetch_fetch"]
@@ -622,20 +613,14 @@ def node(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 async def test_server_everything(node: Path) -> None:
-    async with agent(
-        {"all": {"command": str(node / "mcp-server-everything")}}, images=True
-    ) as made:
+    config = {"command": str(node / "mcp-server-everything")}
+    async with agent({"all": config}, images=True) as made:
         one = await request(made)
         image = await one.on_tool("all_get-tiny-image", {})
         sums = [one.on_tool("all_get-sum", {"a": n, "b": 1}) for n in range(5)]
+        ends = [str(text).split()[-1] for text in await asyncio.gather(*sums)]
 
-        assert [str(text).split()[-1] for text in await asyncio.gather(*sums)] == [
-            "1.",
-            "2.",
-            "3.",
-            "4.",
-            "5.",
-        ]
+        assert ends == ["1.", "2.", "3.", "4.", "5."]
         assert isinstance(image, list) and image[1]["mimeType"] == "image/png"
 
 

@@ -450,8 +450,7 @@ async def test_a_continuation_is_left_alone(rag: Rag) -> None:
 
 
 @pytest.mark.parametrize(
-    "answer",
-    ["", " \n", '{"a": 1}', " [1, 2]\n", '```json\n{"a": "```"}\n```', "```\n[]\n```\n"],
+    "answer", ["", " \n", '{"a": 1}', " [1, 2]\n", '```json\n{"a": "```"}\n```', "```\n[]\n```\n"]
 )
 @IN_A_FILE
 async def test_under_json_and_nothing_there_are_no_sources(rag: Rag, answer: str) -> None:

@@ -223,9 +223,8 @@ async def test_the_best_notes_that_have_room_are_given_the_newest_last(load: Loa
 
     assert given == f"{INSTRUCTION}\n- the red bike is fast\n- a red bike\n\nwhich red bike?"
     bikes = "".join(f"- bike {letter * 45}\n" for letter in "yz")
-    assert (
-        await ask(small, "my bike", user="other") == f"{INSTRUCTION}\n{bikes}{NOT_NOTED}\n\nmy bike"
-    )
+    told = f"{INSTRUCTION}\n{bikes}{NOT_NOTED}\n\nmy bike"
+    assert await ask(small, "my bike", user="other") == told
 
 
 async def test_what_is_too_long_or_too_much_is_refused_and_twice_is_once(load: Load) -> None:
@@ -337,8 +336,7 @@ async def test_a_damaged_file_is_an_error_and_stays_as_it_is(tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize(
-    "settings",
-    [{"max_notes": 0}, {"max_chars": 0}, {"max_matches": 0}, {"max_context": 499}],
+    "settings", [{"max_notes": 0}, {"max_chars": 0}, {"max_matches": 0}, {"max_context": 499}]
 )
 async def test_settings_that_cannot_work_are_an_error_at_the_start(
     tmp_path: Path, settings: dict[str, int]

@@ -374,10 +374,9 @@ async def test_other_models_pass_it_and_what_cannot_be_read_does_not(
 ) -> None:
     write_guard(house, code, models=["demo", "private-*"])
     why = "cannot see this request" if code == ASKS_CODE else "is not loaded"
-    free = [
-        turn("x") | {"model": name} for name in ("other", "demo:1b", "me/demo", "demonstration")
-    ]
-    bound = [turn("x") | {"model": name} for name in ("demo", "private-1")]
+    models = ("other", "demo:1b", "me/demo", "demonstration")
+    free = [turn("x", model=name) for name in models]
+    bound = [turn("x", model=name) for name in ("demo", "private-1")]
     other = [body.replace(b'"demo"', b'"other"') for body in [*UNREADABLE, *TWICE, *DOUBTFUL]]
     readable = len(UNREADABLE) + len(TWICE)
 
@@ -452,9 +451,7 @@ async def test_a_refusal_names_the_cure(house: House) -> None:
     assert chat.endswith("send a chat in plain JSON, without logprobs or a format")
 
 
-async def test_an_agent_that_changes_the_model_does_not_lead_around_its_guard(
-    house: House,
-) -> None:
+async def test_an_agent_that_changes_the_model_does_not_lead_around_its_guard(house: House) -> None:
     write_guard(house, models=["demo"])
     house.add("route", "payload = payload | {'model': 'demo'}")
 

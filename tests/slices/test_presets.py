@@ -134,9 +134,8 @@ async def test_a_model_is_loaded_for_as_long_as_its_preset_says(
 
     bodies = [each.body.decode().replace(" ", "") for each in house.ollama.asked]
     refused = guarded and asked.count('"model"') > 1
-    assert (answer.status_code, bodies) == (
-        (403, []) if refused else (200, [sent.replace(" ", "")])
-    )
+    expected = (403, []) if refused else (200, [sent.replace(" ", "")])
+    assert (answer.status_code, bodies) == expected
 
 
 @pytest.mark.parametrize(
