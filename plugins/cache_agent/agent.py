@@ -76,7 +76,7 @@ class Cache(BaseAgent):
 
     async def on_end(self) -> str:
         # Answers in JSON or with logprobs never come here, so none is kept.
-        if self.key and self.context.finish == "stop" and not self.context.explaining:
+        if self.key and self.context.finish == "stop":
             answer = "".join(self.parts).encode("utf-8", "surrogatepass")
             age, entries, size = map(self.settings.__getitem__, LIMITS)
             if len(answer) <= size:
