@@ -25,10 +25,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from starlette.routing import Route
 
+import demo
 from kernel.config import HOME, Config, Key, PluginsConfig, ServerConfig, load
 from kernel.plugin import scan
 from tests.drawing import draw
+from tests.support import running
 
 IMPORTERS = ("import_module", "__import__")
 ENVIRONMENT = {"environ", "environb", "expandvars", "getenv", "getenvb"}
@@ -571,6 +574,20 @@ def test_any_part_can_be_left_out_and_all_else_works(tmp_path: Path, part: str) 
     refused = {probe: status for probe, status in statuses.items() if status != 200}
     assert not refused, f"probes (PROBES, above) that were not answered with 200: {refused}"
     assert agents == ([""] if part == "chat" else ["", "time"])
+
+
+async def test_a_foreign_page_gets_nothing_that_the_proxy_answers_itself(
+    demo_url: str, plugins: Path
+) -> None:
+    ollamas = {route.path for route in demo.create_app().routes if isinstance(route, Route)}
+    own = [path for method, path, _ in PROBES.values() if path not in ollamas]
+
+    async with running(demo_url, plugins) as client:
+        answers = [await client.get(path, headers={"origin": "http://evil.test"}) for path in own]
+
+    statuses = {path: answer.status_code for path, answer in zip(own, answers, strict=True)}
+    open_to_all = {path: status for path, status in statuses.items() if status != 403}
+    assert own and not open_to_all, f"put these into `own` in osp.py: {open_to_all}"
 
 
 def without(part: str, tree: Path) -> Path:

@@ -13,7 +13,7 @@ import pytest
 
 from kernel.config import HOME
 
-LIMIT = 6085  # code lines of osp.py, kernel/ and slices/; 2,700 is the aim
+LIMIT = 6085  # code lines of osp.py, kernel/ and slices/; 3,000 were the aim
 LARGEST = 250  # code lines of one file, but for slices/chat.py
 NO_CODE = {
     tokenize.COMMENT,
@@ -95,7 +95,9 @@ def test_a_part_is_no_larger_than_promised(what: tuple[str, ...], limit: int) ->
     total = sum(counted(*what).values())
 
     more = total - limit
-    assert total and more <= 0, f"{more} lines more than the limit: say there what they buy"
+    assert total and more <= 0, (
+        f"{more} more: raise the limit in tests/test_size.py, and say what they buy"
+    )
 
 
 def test_a_file_fits_into_ones_head() -> None:

@@ -17,6 +17,8 @@ from functools import cache
 from keyword import iskeyword
 from pathlib import Path
 
+import pytest
+
 import demo
 import osp
 from kernel.commands import EXPLAIN, HELP, YES
@@ -36,7 +38,7 @@ IN_FILE = re.compile(r"`([\w.]+)` in `([\w/]+\.py)`")
 SPAN = re.compile(r"`([^`]+)`")
 LINK = re.compile(r"\]\(([^)#:]+)(?:#[^)]*)?\)")
 NUMBERING = re.compile(r"^(?:#+ |\| ?)?\d+(?:–\d+)?(?:\. | *\|)", re.MULTILINE)
-RUN = ("README.md", "CONTRIBUTING.md")  # whose commands other tests run
+RUN = ("README.md", "CONTRIBUTING.md", "plugins/README.md")  # whose commands other tests run
 OPEN = ("agents", "keys", "presets")  # sections of osp.toml whose keys the user makes up
 CODE = ("*.py", "kernel/**/*.py", "slices/*.py", "plugins/*/*.py", "tests/*.py", "bench/*.py")
 
@@ -61,6 +63,12 @@ def lines(*patterns: str) -> str:
     return f"{sum(code_lines(file.read_text(encoding='utf-8')) for file in found):,}"
 
 
+def check(page: str, facts: Facts) -> None:
+    """Fail with what a page says and no test can vouch for."""
+    if found := wrong(page, facts):
+        pytest.fail("\n".join(found), pytrace=False)
+
+
 def wrong(page: str, facts: Facts) -> list[str]:
     """Return what a page says and no test can vouch for; a tuple fills more than one hole."""
     text, folder = text_of(page), (HOME / page).parent
@@ -74,7 +82,7 @@ def wrong(page: str, facts: Facts) -> list[str]:
         fact = phrase.format(*(found if isinstance(found, tuple) else [found]))
         said += [] if fact in prose else [f"it should say: {fact}"]
         prose = prose.replace(fact, "")
-    prose = SPAN.sub("", LINK.sub("]", prose))
+    prose = SPAN.sub(lambda span: NUMBER.sub("_", span[0]), LINK.sub("]", prose))
     for number in NUMBER.finditer(prose):
         said.append(f"no fact has {number[0]}: ... {prose[max(0, number.start() - 40) :][:80]} ...")
     return [f"{page}: {each}" for each in said]

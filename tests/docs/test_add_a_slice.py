@@ -21,9 +21,18 @@ COMMIT = "git init -q && git add -A && git -c user.name=me -c user.email=me@here
 Edit = tuple[Path, str, str]  # a file, a text in it, and what takes its place
 
 
-def follow(steps: str, tree: Path) -> list[Edit]:
-    """Run the commands and make the edits of a part of the page; return the edits."""
-    made: list[Edit] = []
+@pytest.fixture(scope="module")
+def learner(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[Edit]]:
+    """A clone, and the edits that were made in it: the tests below go on one after the other."""
+    if "LIMIT +=" in text_of(HOME / "tests/test_size.py"):
+        pytest.skip("somebody is in the exercises")
+    tree = copied(tmp_path_factory.mktemp("learner"))
+    run(COMMIT, tree)
+    return tree, []
+
+
+def follow(steps: str, tree: Path, made: list[Edit]) -> None:
+    """Run the commands and make the edits of a part of the page; add those to what was made."""
     for name, kind, code in BLOCK.findall(steps):
         if kind == "sh":
             for line in code.splitlines():
@@ -35,7 +44,6 @@ def follow(steps: str, tree: Path) -> list[Edit]:
         for before, after in changes(code) if kind == "diff" else whole:
             change(file, before, after)
             made.append((file, before, after))
-    return made
 
 
 def check(line: str, tree: Path) -> None:
@@ -50,16 +58,25 @@ def size(tree: Path) -> int:
     return sum(code_lines(text_of(file)) for part in CORE for file in tree.glob(part))
 
 
-@pytest.mark.skipif("LIMIT +=" in text_of(HOME / "tests/test_size.py"), reason="in the exercises")
-def test_the_exercises_go_in_as_the_page_says_and_out_again(tmp_path: Path) -> None:
-    tree = copied(tmp_path)
-    run(COMMIT, tree)
+@pytest.mark.parametrize("exercise", EXERCISES, ids=["a new slice", "a slice that grows"])
+def test_an_exercise_goes_in_as_the_page_says(
+    learner: tuple[Path, list[Edit]], exercise: str
+) -> None:
+    tree, _ = learner
+    before = size(tree)
 
-    edits = [edit for exercise in EXERCISES for edit in follow(exercise, tree)]
-    assert size(tree) - size(HOME) == sum(map(int, ADDED.findall(PAGE)))
+    follow(exercise, *learner)
+
+    assert size(tree) - before == sum(map(int, ADDED.findall(exercise)))
+
+
+def test_and_all_of_it_goes_out_again(learner: tuple[Path, list[Edit]]) -> None:
+    tree, edits = learner
+
     for file, old, new in reversed(edits):
         change(file, new, old)
-    follow(BACK, tree)
+
+    follow(BACK, tree, [])
 
 
 FACTS: claims.Facts = {
@@ -69,5 +86,5 @@ FACTS: claims.Facts = {
 
 
 def test_what_the_page_says_is_true() -> None:
-    assert claims.wrong("docs/add-a-slice.md", FACTS) == []
+    claims.check("docs/add-a-slice.md", FACTS)
     assert BLOCK.findall(FIRST)[0][2] in claims.blocks_of("CONTRIBUTING.md")

@@ -21,7 +21,7 @@ FACTS: Facts = {"{} wrong moves": lambda: word(len(MOVES))}
 
 
 def test_the_page_is_true() -> None:
-    assert claims.wrong("docs/break-it.md", FACTS) == []
+    claims.check("docs/break-it.md", FACTS)
 
 
 @pytest.mark.parametrize("move", MOVES, ids=[name for name, *_ in MOVES])

@@ -17,7 +17,7 @@ OTHERS = {"README.md", "CHANGELOG.md", "docs/scale.md"}  # with tests of their o
 def test_each_page_is_checked_by_a_test(page: str) -> None:
     tests = [file.read_text(encoding="utf-8") for file in HOME.glob("tests/docs/test_*.py")]
 
-    assert any(f'claims.wrong("{page}"' in test for test in tests)
+    assert any(f'claims.check("{page}"' in test for test in tests)
 
 
 TEXT = """
