@@ -799,7 +799,7 @@ def test_no_text_takes_longer_than_its_length(unit: str) -> None:
     mine, messages = asked({"role": "user", "content": text}, agent=agent)
     assert restored(mine, [messages[0]["content"]]) == text
 
-    assert time.process_time() - began < 5  # phonenumbers looks at each number; in a thread
+    assert time.process_time() - began < 15  # phonenumbers looks at each number; in a thread
 
 
 @pytest.mark.parametrize(
@@ -813,7 +813,7 @@ def test_no_round_takes_longer_than_its_length(unit: str) -> None:
     sent = go_on(agent, sent, calling({"a": text}, content=text), {"role": "tool", "content": text})
     assert called(agent, {"a": sent[-1]["content"]}) == {"a": text}
 
-    assert time.process_time() - began < 5
+    assert time.process_time() - began < 15
 
 
 def test_an_answer_that_comes_in_pieces_takes_no_longer_than_its_length() -> None:

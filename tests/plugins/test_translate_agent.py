@@ -207,4 +207,4 @@ def test_no_answer_takes_longer_than_its_length(unit: str) -> None:
     began = time.process_time()
     kept("".join(piece for piece, _ in pieces(without_thoughts(text), 2000)))
 
-    assert time.process_time() - began < 5
+    assert time.process_time() - began < 15  # a quadratic one needs minutes
