@@ -56,7 +56,7 @@ fi
 say "copy the program to $opt/new"
 rm -rf "$opt/new"
 mkdir -p "$opt/new"
-tar -C "$source" -cf - --exclude=./.git --exclude='./.venv*' --exclude='.*_cache' \
+tar -C "$source" -cf - --exclude='./.*' --exclude='.*_cache' \
     --exclude=__pycache__ --exclude='*.egg-info' --exclude=./build --exclude=./data \
     --exclude=./osp.toml --exclude=./tests --exclude=./bench --exclude=./docs . |
     tar -C "$opt/new" --no-same-owner -xf -

@@ -120,7 +120,7 @@ def test_to_update_keeps_settings_and_data_and_leaves_nothing_old(
     shutil.copytree(installed, to, symlinks=True)
     before = files(to / "opt/osp/app")
     assert not [
-        f for f in before if re.match(r"(tests|bench|docs|data|build|\.git|osp\.toml)(/|$)", f)
+        f for f in before if re.match(r"(tests|bench|docs|data|build|\..*|osp\.toml)(/|$)", f)
     ]
     settings, data = to / "etc/osp/osp.toml", to / "var/lib/osp/remember/notes.db"
     assert settings.stat().st_mode & 0o777 == 0o640  # it may hold keys
