@@ -29,10 +29,8 @@ from tests.test_size import code_lines
 Facts = Mapping[str, Callable[[], object]]
 
 WORDS = "no one two three four five six seven eight nine ten eleven twelve".split()
-NUMBER = re.compile(
-    rf"\d[\d,.]*|\b(?:{'|'.join(WORDS[3:])}|dozen|\w+teen|(?:twen|thir|for|fif|six|seven|eigh|nine)ty|hundred|thousand)\b",
-    re.IGNORECASE,
-)
+TENS = r"\w+teen|(?:twen|thir|for|fif|six|seven|eigh|nine)ty|dozen|hundred|thousand"
+NUMBER = re.compile(rf"\d[\d,.]*|\b(?:{'|'.join(WORDS[3:])}|{TENS})\b", re.IGNORECASE)
 BLOCK = re.compile(r"^( *)```.*?^\1```$", re.DOTALL | re.MULTILINE)
 IN_FILE = re.compile(r"`([\w.]+)` in `([\w/]+\.py)`")
 SPAN = re.compile(r"`([^`]+)`")
@@ -138,9 +136,8 @@ def is_code(text: str) -> bool:
     name = match[1]
     owner, _, last = name.removeprefix("self.").rpartition(".")
     if not owner or name in identifiers():
-        return {name, last, name.lower() * ("-" in name)} & identifiers() != set() or iskeyword(
-            name
-        )
+        spelt = {name, last, name.lower() if "-" in name else name}  # a header, in any case
+        return bool(spelt & identifiers()) or iskeyword(name)
     settings = getattr(Config(), owner, None)
     is_setting = is_dataclass(settings) and last in [each.name for each in fields(settings)]
     owned = definitions().get(owner.rpartition(".")[2], ())
